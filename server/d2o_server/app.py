@@ -1,0 +1,112 @@
+"""The composition root: puts tokenizer, workers, engine and RPC server together, and takes them down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from d2o_server.engine.dispatcher import Dispatcher, Worker
+from d2o_server.engine.engine import EngineDefaults, LocalEngine
+from d2o_server.engine.types import SamplingParams
+from d2o_server.models.source import ModelSource, resolve
+from d2o_server.rpc.server import RpcServer, RpcSettings
+from d2o_server.settings import Settings
+from d2o_server.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+Progress = Callable[[str], None]
+
+
+@asynccontextmanager
+async def running_engine(settings: Settings, progress: Progress) -> AsyncIterator[LocalEngine]:
+    """A started engine; its workers are gone when the scope is left.
+
+    Raises:
+        StartupError: the model or the settings do not allow a start; the message says what to change.
+    """
+    source = await asyncio.to_thread(resolve, settings.worker.model, report=progress)
+    worker = Worker(0, settings.worker, progress)
+    try:
+        codec, _ = await asyncio.gather(asyncio.to_thread(_tokenizer, source), worker.start())
+        limits = settings.limits
+        dispatcher = Dispatcher([worker], max_waiting=limits.max_waiting, max_waiting_tokens=limits.max_waiting_tokens)
+        engine = LocalEngine(
+            model=settings.worker.model,
+            dtype=settings.worker.dtype,
+            codec=codec,
+            dispatcher=dispatcher,
+            defaults=EngineDefaults(
+                compression=settings.compression,
+                sampling=SamplingParams(max_new_tokens=limits.default_max_new_tokens),
+                max_logprobs=limits.max_logprobs,
+            ),
+            version=version("d2o-serve"),
+        )
+        try:
+            yield engine
+        finally:
+            await engine.close()
+    finally:
+        await worker.stop()
+
+
+def _tokenizer(source: ModelSource) -> Tokenizer:
+    if source.preset is not None:
+        return Tokenizer.built_in(source.preset.vocabulary_size)
+    return Tokenizer.from_folder(source.folder_or_fail())
+
+
+async def serve(settings: Settings, progress: Progress, listening: Callable[[int], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then drains: no stream that runs is cut within the grace.
+
+    ``listening`` is called with the bound port once the model answered a first forward pass.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running_engine(settings, progress) as engine:
+        listen = settings.listen
+        server = RpcServer(
+            engine,
+            RpcSettings(
+                host=listen.host,
+                port=listen.port,
+                reflection=listen.reflection,
+                rate_limit=listen.rate_limit,
+                tls_certificate=listen.tls_certificate,
+                tls_key=listen.tls_key,
+                tls_client_ca=listen.tls_client_ca,
+            ),
+        )
+        listening(await server.start())
+        health = asyncio.create_task(_follow_health(engine, server))
+        await stop.wait()
+        health.cancel()
+        await _drain(engine, server, settings)
+
+
+async def _follow_health(engine: LocalEngine, server: RpcServer) -> None:
+    """Keeps grpc.health.v1 in step with the workers."""
+    serving: bool | None = None
+    while True:
+        if engine.serving != serving:
+            serving = engine.serving
+            await server.set_serving(serving)
+        await asyncio.sleep(0.2)
+
+
+async def _drain(engine: LocalEngine, server: RpcServer, settings: Settings) -> None:
+    """NOT_SERVING first, a window in which calls are still taken, then running streams finish."""
+    limits = settings.limits
+    _log.info(
+        "draining: refusing new calls in %.1f s, %.1f s for running streams", limits.drain_window, limits.drain_grace
+    )
+    await server.set_serving(False)
+    await asyncio.sleep(limits.drain_window if engine.load().running or engine.load().waiting else 0)
+    await engine.drain(limits.drain_grace)
+    await server.stop(1.0)

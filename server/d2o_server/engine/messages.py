@@ -1,0 +1,159 @@
+"""What the front process and a worker say to each other. msgspec structs; every token travels once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from d2o.config import D2OConfig
+from d2o_server.engine.shape import ModelShape
+from d2o_server.engine.types import CacheFacts, SamplingParams
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a worker needs to start."""
+
+    model: str
+    dtype: str
+    device: str
+    threads: int
+    page_size: int
+    num_pages: int | None
+    memory_fraction: float
+    max_model_len: int | None
+    max_sequences: int
+    prefill_tokens: int
+    check_integrity: bool
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A validated request; ``config`` is what was asked for, the worker finds the policy in force."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    config: D2OConfig
+    end_ids: tuple[int, ...]
+    max_new_tokens: int
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    id: str
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """The front found a stop string: end the sequence as finished."""
+
+    id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Stop now; the front has drained already."""
+
+
+ToWorker = Submit | Cancel | Stop | Shutdown
+
+
+class PoolState(msgspec.Struct, frozen=True, kw_only=True):
+    """Pages and requests of one worker."""
+
+    total: int
+    used: int
+    reserved: int
+    running: int
+    waiting: int
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """What the worker is doing while it starts."""
+
+    text: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The model is loaded and answered a first forward pass."""
+
+    shape: ModelShape
+    page_size: int
+    page_bytes: int
+    pool: PoolState
+    max_model_len: int
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The worker cannot start; ``error`` names the class in :mod:`d2o_server.errors`."""
+
+    error: str
+    message: str
+
+
+class Admitted(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    reserved_pages: int
+    budget: int
+    config: D2OConfig
+
+
+class NewToken(msgspec.Struct, frozen=True, array_like=True):
+    """One token of one sequence; ``top`` has (id, log probability) pairs."""
+
+    id: str
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """The sequence has left the worker and holds nothing any more. ``reason``: end_of_text, stop, length."""
+
+    id: str
+    reason: str
+    facts: CacheFacts
+    stop_token_id: int | None = None
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """The sequence failed alone; ``error`` names the class in :mod:`d2o_server.errors`."""
+
+    id: str
+    error: str
+    message: str
+
+
+class StepReport(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """All that one step changed, in one message."""
+
+    pool: PoolState
+    admitted: tuple[Admitted, ...] = ()
+    tokens: tuple[NewToken, ...] = ()
+    ended: tuple[Ended, ...] = ()
+    failed: tuple[Failed, ...] = ()
+    cancelled: tuple[str, ...] = ()
+
+
+FromWorker = Progress | Ready | Refused | StepReport
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromWorker)
+_settings = msgspec.msgpack.Decoder(WorkerSettings)
+
+
+def encode(message: ToWorker | FromWorker | WorkerSettings) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_worker(data: bytes) -> ToWorker:
+    message: ToWorker = _to_worker.decode(data)
+    return message
+
+
+def decode_from_worker(data: bytes) -> FromWorker:
+    message: FromWorker = _from_worker.decode(data)
+    return message
+
+
+def decode_settings(data: bytes) -> WorkerSettings:
+    return _settings.decode(data)

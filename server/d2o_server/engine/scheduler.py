@@ -1,0 +1,117 @@
+"""Continuous batching over reserved pages: who is admitted, and what the next step runs. Integers only."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from d2o_server.engine.memory import PageLedger
+from d2o_server.engine.sequence import Sequence, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSlice:
+    """``count`` prompt tokens of ``sequence`` from ``start`` on; ``last`` completes the prompt."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def last(self) -> bool:
+        return self.start + self.count == len(self.sequence.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: a token of every decoding sequence, then chunks of prompts."""
+
+    decode: tuple[Sequence, ...]
+    prefill: tuple[PrefillSlice, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.decode or self.prefill)
+
+    @property
+    def sequences(self) -> Iterator[Sequence]:
+        yield from self.decode
+        yield from (part.sequence for part in self.prefill)
+
+
+class Scheduler:
+    """First come, first served; a sequence is admitted when all the pages it can ever need are unreserved.
+
+    So nothing that runs is ever preempted. ``prefill_tokens`` bounds the prompt tokens of one step, so that running
+    streams keep their pace while prompts are read.
+    """
+
+    def __init__(self, *, pages: int, max_sequences: int, prefill_tokens: int) -> None:
+        self.ledger = PageLedger(pages)
+        self.max_sequences = max_sequences
+        self.prefill_tokens = prefill_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: OrderedDict[str, Sequence] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence behind those that wait already."""
+        self.waiting.append(sequence)
+
+    def admit(self) -> list[Sequence]:
+        """Moves from the front of the queue all that fit; a request that does not fit holds back those behind it."""
+        admitted = []
+        while self.waiting and len(self.running) < self.max_sequences:
+            sequence = self.waiting[0]
+            if not self.ledger.fits(sequence.reservation.pages):
+                break
+            self.waiting.popleft()
+            self.ledger.take(sequence.reservation.pages)
+            sequence.reserved_pages = sequence.reservation.pages
+            sequence.stage = Stage.PREFILL
+            self.running[sequence.id] = sequence
+            admitted.append(sequence)
+        return admitted
+
+    def plan(self) -> StepPlan:
+        """The next step for what runs: every decoding sequence, and prompts in order of admission."""
+        decode = tuple(s for s in self.running.values() if s.stage is Stage.DECODE)
+        left = self.prefill_tokens
+        prefill = []
+        for sequence in self.running.values():
+            if left == 0:
+                break
+            if sequence.stage is Stage.PREFILL:
+                count = min(left, sequence.prompt_remaining)
+                prefill.append(PrefillSlice(sequence, sequence.prefilled, count))
+                left -= count
+        return StepPlan(decode, tuple(prefill))
+
+    def prefilled(self, part: PrefillSlice) -> None:
+        """Notes that a chunk ran."""
+        part.sequence.prefilled += part.count
+        if part.last:
+            part.sequence.stage = Stage.DECODE
+
+    def settle(self, sequence: Sequence, pages: int) -> None:
+        """Lowers a sequence's promise to ``pages``, once compression has fixed what it can still need."""
+        if pages > sequence.reserved_pages:
+            raise AssertionError(f"{sequence.id}: needs {pages} pages and reserved {sequence.reserved_pages}")
+        self.ledger.give_back(sequence.reserved_pages - pages)
+        sequence.reserved_pages = pages
+
+    def find(self, sequence_id: str) -> Sequence | None:
+        """The queued or running sequence of this id."""
+        running = self.running.get(sequence_id)
+        return running or next((s for s in self.waiting if s.id == sequence_id), None)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out in whatever state it is and frees its promise."""
+        if self.running.pop(sequence.id, None) is not None:
+            self.ledger.give_back(sequence.reserved_pages)
+            sequence.reserved_pages = 0
+        else:
+            self.waiting.remove(sequence)
+        sequence.stage = Stage.FINISHED

@@ -1,0 +1,60 @@
+"""One request's life inside a worker, as integers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from d2o.config import D2OConfig
+from d2o_server.engine.memory import Reservation
+from d2o_server.engine.types import SamplingParams
+
+
+class Stage(StrEnum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """What the scheduler knows of a sequence. Lengths of caches belong to the worker's pool, not to this.
+
+    ``reserved_pages`` is what admission promised: the reservation's peak until the prompt is compressed, then its
+    resident bound, then exactly what compression left it needing.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    config: D2OConfig
+    end_ids: tuple[int, ...]
+    max_new_tokens: int
+    reservation: Reservation
+    arrived: float = field(default_factory=time.monotonic)
+    stage: Stage = Stage.WAITING
+    prefilled: int = 0
+    reserved_pages: int = 0
+    output: list[int] = field(default_factory=list)
+
+    @property
+    def prompt_remaining(self) -> int:
+        return len(self.prompt) - self.prefilled
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and output at their longest."""
+        return len(self.prompt) + self.max_new_tokens
+
+    @property
+    def next_token(self) -> int:
+        """The token that the next decode step feeds."""
+        return self.output[-1]
+
+    @property
+    def next_position(self) -> int:
+        """Its logical position."""
+        return len(self.prompt) + len(self.output) - 1

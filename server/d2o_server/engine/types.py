@@ -1,0 +1,196 @@
+"""The engine's vocabulary: what a request asks for and what comes back. No tensors, no protobuf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from d2o.config import D2OConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when they end. Bounds are checked in ``engine/validation.py``.
+
+    ``logprobs`` is None for none, or how many of the most probable tokens are reported beside the sampled one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_end_of_text: bool = False
+    logprobs: int | None = None
+
+
+Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One generation. ``prompt`` is text, token ids or chat messages.
+
+    ``compression`` None takes the server's default. ``deadline`` is a reading of ``time.monotonic``; ``client_id``
+    is the caller's own request id and is only logged.
+    """
+
+    prompt: Prompt
+    sampling: SamplingParams = SamplingParams()
+    compression: D2OConfig | None = None
+    deadline: float | None = None
+    client_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The request is admitted. ``budget_per_layer`` is 0 with the full cache."""
+
+    generation_id: str
+    prompt_tokens: int
+    reserved_pages: int
+    compression: D2OConfig
+    budget_per_layer: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Text and the tokens it came from; text lags while a character or a stop string is incomplete."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class FinishReason(StrEnum):
+    END_OF_TEXT = "end_of_text"
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens, and seconds since the request arrived."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    queue_seconds: float
+    first_token_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCache:
+    """One layer's share: counts a KV head, kept + merged + dropped = tokens seen. ``budget`` 0: never compressed."""
+
+    budget: int
+    kept: int
+    merged: float
+    dropped: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheFacts:
+    layers: tuple[LayerCache, ...]
+    ratio_reached: float
+    peak_pages: int
+    compression_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    reason: FinishReason
+    usage: Usage
+    cache: CacheFacts
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+
+
+Event = Started | Chunk | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenized prompt. ``texts`` is empty unless it was asked for."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """The model, its limits and the server's defaults. ``default_sampling`` has every default filled in."""
+
+    model: str
+    architecture: str
+    dtype: str
+    layers: int
+    compressible_layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary_size: int
+    max_model_len: int
+    page_size: int
+    total_pages: int
+    page_bytes: int
+    has_chat_template: bool
+    default_compression: D2OConfig
+    default_sampling: SamplingParams
+    max_logprobs: int
+    server_version: str
+    end_of_text_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLoad:
+    index: int
+    serving: bool
+    pages_total: int
+    pages_free: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Pages: used + reserved + free = total, where reserved pages are promised but not filled yet."""
+
+    pages_total: int
+    pages_free: int
+    pages_used: int
+    pages_reserved: int
+    running: int
+    waiting: int
+    waiting_prompt_tokens: int
+    draining: bool
+    workers: tuple[WorkerLoad, ...] = field(default=())

@@ -1,0 +1,173 @@
+"""What surrounds every call of the inference service: a bound, the mapping of errors, and one line of log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from d2o_server.errors import InvalidRequest, Overloaded
+from d2o_server.rpc.errors import status_of
+
+SERVICE = "d2o_inference.v1.InferenceService"
+CLIENT_ID_KEY = "x-request-id"
+MAX_CLIENT_ID_LENGTH = 128
+RETRY_AFTER_MS = 250
+
+# Cheap, and what an operator asks for when the server is full.
+_UNBOUNDED_METHODS = frozenset({"GetModelInfo", "GetLoad"})
+
+# A caller's timer runs ahead of ours by the time that its request travelled, and its reset then comes first.
+_DEADLINE_SLACK = 0.05
+
+_access = logging.getLogger("d2o_server.access")
+_failures = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Behaviour = Callable[[Any, Context], Awaitable[Any]]
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """What the access log says of one call. The servicer fills in what it learns; prompts are never part of it."""
+
+    method: str
+    client_id: str | None = None
+    generation_id: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    status: str = grpc.StatusCode.OK.name
+    began: float = field(default_factory=time.perf_counter)
+
+    def line(self) -> str:
+        """``key=value`` pairs; a value that is no plain word is quoted as JSON, so that one call stays one line."""
+        pairs = {
+            "method": self.method,
+            "status": self.status,
+            "generation": self.generation_id,
+            "request": self.client_id,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "seconds": f"{time.perf_counter() - self.began:.6f}",
+        }
+        return " ".join(f"{key}={_quoted(value)}" for key, value in pairs.items() if value is not None)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if text.replace("-", "").replace("_", "").replace(".", "").isalnum() else json.dumps(text)
+
+
+_current: ContextVar[CallRecord] = ContextVar("d2o_server.rpc.call")
+
+
+def current_call() -> CallRecord:
+    """The record of the call that runs in this task."""
+    return _current.get()
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Bounds how many calls run at once, ends each with the status of its error, and logs it.
+
+    Calls of other services (health, reflection) pass untouched: a full server still answers its probes.
+    """
+
+    def __init__(self, max_concurrent_rpcs: int) -> None:
+        self._limit = max_concurrent_rpcs
+        self._running = 0
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wraps the handlers of the inference service."""
+        handler = await continuation(handler_call_details)
+        service, _, method = handler_call_details.method.lstrip("/").partition("/")
+        if handler is None or service != SERVICE:
+            return handler
+        streams = handler.response_streaming
+        behaviour = _decoding(handler.unary_stream if streams else handler.unary_unary, handler.request_deserializer)
+
+        async def call(payload: bytes, context: Context) -> Any:
+            record = CallRecord(method, client_id=_client_id(handler_call_details))
+            return await self._run(record, behaviour, payload, context)
+
+        make: Any = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        wrapped: grpc.RpcMethodHandler[Any, Any] = make(call, response_serializer=handler.response_serializer)
+        return wrapped
+
+    async def _run(self, record: CallRecord, behaviour: Behaviour, payload: bytes, context: Context) -> Any:
+        token = _current.set(record)
+        self._running += 1
+        try:
+            if self._running > self._limit and record.method not in _UNBOUNDED_METHODS:
+                raise Overloaded(f"{self._limit} calls are running, the server's limit", RETRY_AFTER_MS)
+            return await behaviour(payload, context)
+        except (asyncio.CancelledError, grpc.aio.InternalError, grpc.aio.UsageError) as error:
+            if isinstance(error, asyncio.CancelledError) and not _is_cancelled():
+                await _abort(error, record, context)
+            # The transport fails a write before it cancels the task when a caller goes away in between.
+            record.status = _gone_status(context).name
+            raise asyncio.CancelledError from error
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status and the log the cause
+            await _abort(error, record, context)
+        finally:
+            self._running -= 1
+            _current.reset(token)
+            _access.info(record.line())
+
+
+def _is_cancelled() -> bool:
+    # A CancelledError that nobody sent to this task leaked out of another one, and its caller still waits.
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _abort(error: BaseException, record: CallRecord, context: Context) -> NoReturn:
+    reference = record.generation_id or f"none-{uuid.uuid4().hex[:12]}"
+    status = status_of(error, reference)
+    record.status = status.code.name
+    if status.is_defect:
+        _failures.error("generation %s failed in %s", reference, record.method, exc_info=error)
+    await context.abort(status.code, status.details, status.trailers)
+
+
+def _decoding(behaviour: Any, decode: Any) -> Behaviour:
+    # Decoded inside the call, so that bytes which cannot be are the caller's error and not ours.
+    async def decode_and_call(payload: bytes, context: Context) -> Any:
+        try:
+            message = decode(payload)
+        except DecodeError:
+            raise InvalidRequest("request", f"{len(payload)} bytes", "a message of the service's proto") from None
+        return await behaviour(message, context)
+
+    return decode_and_call
+
+
+def time_remaining(context: Context) -> float | None:
+    """Seconds until the caller's deadline, at least 0; None without one."""
+    remaining: float | None = context.time_remaining()
+    return remaining
+
+
+def _gone_status(context: Context) -> grpc.StatusCode:
+    remaining = time_remaining(context)
+    expired = remaining is not None and remaining <= _DEADLINE_SLACK
+    return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+
+
+def _client_id(details: grpc.HandlerCallDetails) -> str | None:
+    for key, value in details.invocation_metadata:
+        if key == CLIENT_ID_KEY and isinstance(value, str):
+            return value[:MAX_CLIENT_ID_LENGTH]
+    return None

@@ -1,0 +1,203 @@
+"""A worker's heart: scheduler and runner in lockstep, messages in, one report a step out. No process, no socket."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from d2o_server.engine.memory import CacheShape, reserve
+from d2o_server.engine.messages import (
+    Admitted,
+    Cancel,
+    Ended,
+    Failed,
+    NewToken,
+    PoolState,
+    StepReport,
+    Stop,
+    Submit,
+)
+from d2o_server.engine.scheduler import Scheduler, StepPlan
+from d2o_server.engine.sequence import Sequence, Stage
+from d2o_server.engine.types import FinishReason
+from d2o_server.errors import EngineFailure, OutOfDeviceMemory, ServerError
+from d2o_server.worker.runner import ModelRunner, Sampled
+
+_log = logging.getLogger(__name__)
+
+
+class WorkerCore:
+    """Takes messages, runs steps and reports what each changed.
+
+    ``check_integrity`` verifies the pool after every step (tests); otherwise it is verified when idle.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, scheduler: Scheduler, shape: CacheShape, *, check_integrity: bool = False
+    ) -> None:
+        self.runner, self.scheduler, self.shape = runner, scheduler, shape
+        self._check_every_step = check_integrity
+        self._changes = _Changes()
+
+    def __bool__(self) -> bool:
+        """Whether there is work or something to report."""
+        return bool(self.scheduler) or bool(self._changes)
+
+    def handle(self, message: Submit | Cancel | Stop) -> None:
+        """Applies one message from the front, between steps."""
+        if isinstance(message, Submit):
+            self._submit(message)
+            return
+        sequence = self.scheduler.find(message.id)
+        if sequence is None:
+            return
+        if isinstance(message, Cancel):
+            self._drop(sequence)
+            self._changes.cancelled.append(sequence.id)
+        else:
+            self._end(sequence, FinishReason.STOP)
+
+    def _submit(self, message: Submit) -> None:
+        try:
+            self.scheduler.add(self._sequence(message))
+        except ServerError as error:
+            self._changes.failed.append(Failed(message.id, type(error).__name__, str(error)))
+
+    def _sequence(self, message: Submit) -> Sequence:
+        return Sequence(
+            id=message.id,
+            prompt=message.prompt,
+            sampling=message.sampling,
+            seed=message.seed,
+            config=message.config,
+            end_ids=message.end_ids,
+            max_new_tokens=message.max_new_tokens,
+            reservation=reserve(self.shape, message.config, len(message.prompt), message.max_new_tokens),
+        )
+
+    def step(self) -> StepReport:
+        """Admits, runs one step and reports; with nothing to run it only reports."""
+        for sequence in self.scheduler.admit():
+            self.runner.open(sequence)
+            reservation = sequence.reservation
+            self._changes.admitted.append(
+                Admitted(
+                    id=sequence.id,
+                    reserved_pages=reservation.pages,
+                    budget=reservation.budget,
+                    config=reservation.config,
+                )
+            )
+        plan = self.scheduler.plan()
+        if plan:
+            self._run(plan)
+        if self._check_every_step or not self.scheduler:
+            self.check_integrity()
+        return self._changes.report(self.pool_state())
+
+    def _run(self, plan: StepPlan) -> None:
+        try:
+            outcome = self.runner.step(plan)
+        except Exception as error:  # noqa: BLE001  whatever a step raises, the worker goes on without its requests
+            self._fail_step(plan, error)
+            return
+        for part in plan.prefill:
+            self.scheduler.prefilled(part)
+        for sequence, pages in outcome.settled:
+            self.scheduler.settle(sequence, sequence.reservation.resident if pages < 0 else pages)
+        for sequence, failure in outcome.failed:
+            self._fail(sequence, failure, poisoned=True)
+        for sampled in outcome.sampled:
+            self._accept(sampled)
+
+    def _accept(self, sampled: Sampled) -> None:
+        sequence, token = sampled.sequence, sampled.token
+        sequence.output.append(token)
+        logprobs = sampled.logprobs
+        if logprobs is None:
+            self._changes.tokens.append(NewToken(sequence.id, token))
+        else:
+            self._changes.tokens.append(NewToken(sequence.id, token, logprobs.logprob, logprobs.top))
+        enough = len(sequence.output) > sequence.sampling.min_new_tokens
+        if enough and token in sequence.sampling.stop_token_ids:
+            self._end(sequence, FinishReason.STOP, token)
+        elif enough and token in sequence.end_ids and not sequence.sampling.ignore_end_of_text:
+            self._end(sequence, FinishReason.END_OF_TEXT)
+        elif len(sequence.output) >= sequence.max_new_tokens:
+            self._end(sequence, FinishReason.LENGTH)
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        """A step that raised: out of memory costs the newest prompt in it; anything else costs the step's requests."""
+        _log.exception("a step of %d sequences failed", len(list(plan.sequences)))
+        if isinstance(error, torch.cuda.OutOfMemoryError) and plan.prefill:
+            torch.cuda.empty_cache()
+            self._fail(plan.prefill[-1].sequence, OutOfDeviceMemory("the device ran out of memory reading the prompt"))
+            failure: ServerError = EngineFailure("another request's prompt exhausted the device memory in this step")
+        else:
+            failure = EngineFailure(f"the step that ran the request failed: {type(error).__name__}")
+        for sequence in list(plan.sequences):
+            if sequence.stage is not Stage.FINISHED:
+                self._fail(sequence, failure, poisoned=True)
+
+    def _fail(self, sequence: Sequence, error: ServerError, *, poisoned: bool = False) -> None:
+        self._drop(sequence, poisoned=poisoned)
+        self._changes.failed.append(Failed(sequence.id, type(error).__name__, str(error)))
+
+    def _drop(self, sequence: Sequence, *, poisoned: bool = False) -> None:
+        if sequence.id in self.runner.running:
+            self.runner.close(sequence, poisoned=poisoned)
+        self.scheduler.remove(sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, stop_token: int | None = None) -> None:
+        facts = self.runner.close(sequence)
+        self.scheduler.remove(sequence)
+        self._changes.ended.append(Ended(id=sequence.id, reason=reason, facts=facts, stop_token_id=stop_token))
+
+    def pool_state(self) -> PoolState:
+        pool, scheduler = self.runner.caches.pool, self.scheduler
+        return PoolState(
+            total=pool.num_pages,
+            used=pool.used_pages,
+            reserved=scheduler.ledger.reserved,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless pages, promises and rows agree."""
+        pool, scheduler = self.runner.caches.pool, self.scheduler
+        pool.check_integrity()
+        promised = sum(s.reserved_pages for s in scheduler.running.values())
+        if promised != scheduler.ledger.reserved:
+            raise AssertionError(f"{scheduler.ledger.reserved} pages reserved and {promised} promised")
+        for sequence in scheduler.running.values():
+            held = pool.row_pages(self.runner.running[sequence.id].cache.row)
+            if held > sequence.reserved_pages:
+                raise AssertionError(f"{sequence.id} holds {held} pages of {sequence.reserved_pages} reserved")
+
+
+class _Changes:
+    """What has happened since the last report."""
+
+    def __init__(self) -> None:
+        self.admitted: list[Admitted] = []
+        self.tokens: list[NewToken] = []
+        self.ended: list[Ended] = []
+        self.failed: list[Failed] = []
+        self.cancelled: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.admitted or self.tokens or self.ended or self.failed or self.cancelled)
+
+    def report(self, pool: PoolState) -> StepReport:
+        report = StepReport(
+            pool=pool,
+            admitted=tuple(self.admitted),
+            tokens=tuple(self.tokens),
+            ended=tuple(self.ended),
+            failed=tuple(self.failed),
+            cancelled=tuple(self.cancelled),
+        )
+        self.__init__()  # type: ignore[misc]
+        return report
