@@ -57,7 +57,8 @@ class ScoreTarget:
 
     def cuts(self, begin: int, end: int) -> list[int]:
         """Positions in (begin, end) at which a tile of queries must end."""
-        cuts = {p for p in (self.window_start, self.first_query) if begin < p < end}
+        marks = (self.first_query,) if self.window is None else (self.first_query, self.window_start)
+        cuts = {p for p in marks if begin < p < end}
         if self.stride > 1:
             cuts.update(range(begin - begin % self.block + self.block, end, self.block))
         return sorted(cuts)

@@ -18,9 +18,9 @@ from d2o.config import D2OConfig, Merge, Scope, Threshold
 _ROUNDING = 1e-6
 _SMALLEST_NORM = 1e-12
 _LANES = 32
-# Elements of the keys and of the similarities that are worked on at once; on a CPU they should stay in its cache.
-_CPU_TILE = 1 << 19
-_DEVICE_TILE = 1 << 27
+# Elements of keys and of similarities that are worked on at once; on a CPU they should stay in its cache.
+_CPU_TILE = (1 << 19, 1 << 21)
+_DEVICE_TILE = (1 << 27, 1 << 27)
 _SMALLEST_MASS = 1e-12
 
 
@@ -76,11 +76,14 @@ def match(evicted: Tensor, kept: Tensor, real: Tensor, targets: Tensor) -> Match
     wanted, pool = _unit(evicted).flatten(0, 1), kept[:, :, first:].flatten(0, 1)
     nearest = torch.empty(wanted.shape[:2], dtype=torch.int64, device=evicted.device)
     similarity = torch.empty(wanted.shape[:2], device=evicted.device)
-    for heads, tokens in _tiles(wanted, pool):
+    heads_at_once, tokens_at_once = _tile(wanted, pool)
+    lanes = -(-pool.shape[1] // _LANES) * _LANES
+    scratch = torch.full((heads_at_once, tokens_at_once, lanes), -torch.inf, device=pool.device)
+    for heads in _steps(wanted.shape[0], heads_at_once):
         barred = None if forbidden is None else forbidden[heads]
         units = _unit(pool[heads]).transpose(1, 2)
-        for part in tokens:
-            similarity[heads, part], nearest[heads, part] = _nearest(wanted[heads, part], units, barred)
+        for part in _steps(wanted.shape[1], tokens_at_once):
+            similarity[heads, part], nearest[heads, part] = _nearest(wanted[heads, part], units, barred, scratch)
     nearest = nearest.view(evicted.shape[:3]) + first
     if evicted.dtype is torch.float32:
         similarity = similarity.view_as(nearest)
@@ -185,14 +188,15 @@ def raised_bias(bias: Tensor, share: Weights, config: D2OConfig) -> Tensor:
     return (bias - share.own.log()).clamp(0, config.bias_limit)
 
 
-def _tiles(wanted: Tensor, pool: Tensor) -> Iterator[tuple[slice, list[slice]]]:
-    """Cuts heads, and within them evicted tokens, so that the keys and similarities of a tile stay in bounds."""
-    limit = _CPU_TILE if pool.device.type == "cpu" else _DEVICE_TILE
-    heads, count = wanted.shape[:2]
-    at_once = max(1, min(heads, limit // max(1, pool[0].numel())))
-    step = max(1, limit // (at_once * max(1, pool.shape[1])))
-    tokens = [slice(start, start + step) for start in range(0, count, step)]
-    return ((slice(start, start + at_once), tokens) for start in range(0, heads, at_once))
+def _tile(wanted: Tensor, pool: Tensor) -> tuple[int, int]:
+    """How many heads, and of them evicted tokens, are matched at once, so that keys and similarities stay in bounds."""
+    keys, similarities = _CPU_TILE if pool.device.type == "cpu" else _DEVICE_TILE
+    heads = max(1, min(wanted.shape[0], keys // max(1, pool[0].numel())))
+    return heads, max(1, min(wanted.shape[1], similarities // (heads * max(1, pool.shape[1]))))
+
+
+def _steps(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _leading_gap(targets: Tensor) -> int:
@@ -215,15 +219,15 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return (wide_a * wide_b).sum(-1) / norms.clamp_min(_SMALLEST_NORM)
 
 
-def _nearest(wanted: Tensor, pool: Tensor, forbidden: Tensor | None) -> tuple[Tensor, Tensor]:
+def _nearest(wanted: Tensor, pool: Tensor, forbidden: Tensor | None, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """Value and index of the largest similarity along the last dimension of ``wanted @ pool``.
 
     Maxima over lanes ``j % 32`` first, then over one lane: several times faster than a maximum with indices.
+    ``scratch [>= heads, >= evicted, whole lanes]`` is float32 and -inf beyond the width of ``pool``.
     """
-    heads, count, width = *wanted.shape[:2], pool.shape[-1]
-    similarity = torch.empty(heads, count, -(-width // _LANES) * _LANES, device=wanted.device)
+    width = pool.shape[-1]
+    similarity = scratch[: wanted.shape[0], : wanted.shape[1]]
     similarity[..., :width] = wanted @ pool
-    similarity[..., width:] = -torch.inf
     if forbidden is not None:
         similarity[..., :width].masked_fill_(forbidden, -torch.inf)
     lanes = similarity.unflatten(-1, (-1, _LANES))

@@ -94,6 +94,9 @@ class PagePool:
     def grow(self, rows: Tensor, counts: Tensor) -> None:
         """Makes room for ``counts[i]`` more slots in every layer of ``rows[i]`` (both [n] int64).
 
+        The caller fills them in order; what its last page has beyond them is 0, because attention reads whole pages and
+        a mask does not hide a NaN that a former owner left.
+
         Raises:
             PoolExhausted: nothing is changed.
         """
@@ -113,6 +116,9 @@ class PagePool:
         layer, row = layer[owner], rows[column[owner]]
         self.block_table[layer, row, self.held[layer, row] + nth] = pages
         self.held[:, rows] += missing
+        last = pages[(count.cumsum(0) - 1)]
+        for store in (self.k, self.v, self.bias):
+            store.index_fill_(0, last, 0)
 
     def release(self, layers: Tensor, rows: Tensor) -> None:
         """Gives back the pages that the ``used`` slots of unique (layer, row) pairs ([n] int64 each) leave empty."""

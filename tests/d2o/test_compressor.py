@@ -113,7 +113,7 @@ def test_budgets_below_sinks_and_recent_window_are_kept_exactly(keep: int) -> No
 def test_small_tiles_and_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, keep = random_batch([70, 20, 65], dim=16, seed=3), torch.tensor([30, 20, 18])
     whole = batch.compress(keep, CONFIGS[name])
-    monkeypatch.setattr(merging, "_CPU_TILE", 64)
+    monkeypatch.setattr(merging, "_CPU_TILE", (64, 64))
     monkeypatch.setattr(compressor, "_CPU_CHUNK", 64)
     chunked = batch.compress(keep, CONFIGS[name])
     for row, used in enumerate(whole.slots.used.tolist()):

@@ -33,7 +33,8 @@ class CacheShape:
 class Reservation:
     """Pages a sequence may hold: ``peak`` while its prompt is staged, ``resident`` afterwards.
 
-    ``config`` is the policy in force: ``none`` where the budget covers all that the sequence can become.
+    ``config`` is the policy in force: ``none`` where the budget covers all that the sequence can become, and where
+    every layer has a sliding window.
     ``budget`` is the average budget a layer in slots, 0 with the full cache.
     """
 
@@ -56,7 +57,7 @@ def reserve(shape: CacheShape, config: D2OConfig, prompt_tokens: int, max_new_to
     """
     total = prompt_tokens + max_new_tokens
     budget = config.average_budget(prompt_tokens)
-    if not config.enabled or budget >= total:
+    if not config.enabled or not shape.full_layers or budget >= total:
         config, budget = config.with_changes(policy=Policy.NONE), 0
     peak = len(shape.windows) * shape.pages(prompt_tokens)
     sliding = sum(shape.pages(min(total, window + shape.page_size)) for window in shape.windows if window is not None)

@@ -95,6 +95,10 @@ class Scheduler:
         if part.last:
             part.sequence.stage = Stage.DECODE
 
+    def restart(self, sequence: Sequence) -> None:
+        """Notes that nothing of the prompt is in the cache any more."""
+        sequence.prefilled = 0
+
     def settle(self, sequence: Sequence, pages: int) -> None:
         """Lowers a sequence's promise to ``pages``, once compression has fixed what it can still need."""
         if pages > sequence.reserved_pages:

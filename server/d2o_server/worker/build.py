@@ -44,7 +44,7 @@ def build_worker(settings: WorkerSettings, progress: Callable[[str], None]) -> B
     """
     torch.set_num_threads(settings.threads)
     hf_attention.register()
-    dtype, device = _DTYPES[settings.dtype], torch.device(settings.device)
+    dtype, device = _DTYPES[settings.dtype], _device(settings.device)
     source = resolve(settings.model, report=progress)
     progress(f"loading {settings.model} as {settings.dtype} on {settings.device}")
     model = load_model(source, dtype=dtype, device=device, attn_implementation=hf_attention.ATTENTION_NAME)
@@ -74,6 +74,15 @@ def build_worker(settings: WorkerSettings, progress: Callable[[str], None]) -> B
     progress("warming up")
     _warm_up(core)
     return BuiltWorker(core, shape, page_bytes, max_model_len)
+
+
+def _device(name: str) -> torch.device:
+    """The torch device of this name, if something can be put there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SettingsError(f"device: got {name!r}, allowed is one that torch can use here ({reason})") from error
 
 
 def _affordable_pages(settings: WorkerSettings, device: torch.device, page_bytes: int) -> int:

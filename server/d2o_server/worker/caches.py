@@ -10,27 +10,17 @@ from torch import Tensor
 
 from d2o import budget
 from d2o.attention import ScoreTarget
-from d2o.compressor import Slots, compress
+from d2o.compaction import compact
 from d2o.config import D2OConfig, LayerBudgets, Policy
 from d2o.pages import PagePool
-from d2o.scores import extrapolate
 from d2o_server.engine.memory import CacheShape, Reservation
 from d2o_server.engine.types import CacheFacts, LayerCache
+from d2o_server.worker.prompt_scores import PromptScores
 
 _NEVER = 1 << 40
-_BYTES_AT_ONCE = 64 << 20
 _PAGE_MULTIPLE_FROM = 8
 
 _WINDOW_ONLY = D2OConfig.of(Policy.STREAMING, sinks=0, min_budget=1)
-
-
-@dataclass(slots=True, eq=False)
-class PromptScores:
-    """Attention received while a prompt is prefilled: ``received`` [layers, heads, prompt], ``window`` [layers,
-    kv_heads, prompt] or None."""
-
-    received: Tensor
-    window: Tensor | None
 
 
 @dataclass(slots=True, eq=False)
@@ -43,12 +33,21 @@ class SequenceCache:
     prompt_tokens: int
     total_tokens: int
     scores: PromptScores | None
-    merged: Tensor
-    dropped: Tensor
+    merged: list[float]
+    dropped: list[float]
     budgets: list[int] = field(default_factory=list)
     compressed: bool = False
     peak_pages: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLengths:
+    """Slots in use [layers, n] and tokens seen [n] of ``rows`` [n] at one moment."""
+
+    rows: Tensor
+    used: Tensor
+    seen: Tensor
 
 
 class CacheManager:
@@ -75,8 +74,7 @@ class CacheManager:
         """Takes a row for a sequence whose pages are reserved."""
         row = self.pool.open_row()
         config, layers = reservation.config, self.pool.layers
-        self.limit[self._full, row] = _NEVER
-        self.limit[self._sliding, row] = self._windows + self.shape.page_size
+        self.limit[:, row] = _NEVER
         self.keep[:, row] = 0
         self.keep[self._sliding, row] = self._windows
         self.seen[row] = 0
@@ -87,52 +85,28 @@ class CacheManager:
             reservation.budget,
             prompt_tokens,
             total_tokens,
-            self._staging_scores(config, prompt_tokens),
-            torch.zeros(layers),
-            torch.zeros(layers),
+            PromptScores.stage(
+                config, self.pool, self.query_heads, prompt_tokens, compresses=prompt_tokens > reservation.budget
+            ),
+            [0.0] * layers,
+            [0.0] * layers,
         )
         if config.evicts_in_decode and config.enabled and prompt_tokens <= reservation.budget:
             self.limit[self._full, row] = reservation.budget + self.shape.slack(config)
         self.by_row[row] = cache
         return cache
 
-    def _staging_scores(self, config: D2OConfig, prompt_tokens: int) -> PromptScores | None:
-        if not config.enabled or config.policy is Policy.STREAMING:
-            return None
-        layers, device = self.pool.layers, self.pool.device
-        received = torch.zeros(layers, self.query_heads, prompt_tokens, device=device)
-        wants_window = bool(config.window_quota or config.window_blend)
-        window = torch.zeros(layers, self.pool.kv_heads, prompt_tokens, device=device) if wants_window else None
-        return PromptScores(received, window)
-
-    def close(self, cache: SequenceCache, *, poisoned: bool = False) -> None:
-        """Gives everything back. ``poisoned`` pages may hold NaN, which a masked slot would still spread: wipe them."""
-        if poisoned:
-            columns = torch.arange(self.pool.block_table.shape[2], device=self.pool.device)
-            pages = self.pool.block_table[:, cache.row][columns < self.pool.held[:, cache.row, None]]
-            for store in (self.pool.k, self.pool.v, self.pool.score, self.pool.bias):
-                store[pages] = 0
+    def close(self, cache: SequenceCache) -> None:
+        """Gives everything back."""
         del self.by_row[cache.row]
         self.limit[:, cache.row] = _NEVER
         self.pool.close_row(cache.row)
 
     def targets(self, cache: SequenceCache) -> tuple[ScoreTarget | None, ...]:
         """Where the prefill of each layer adds its column sums."""
-        scores, prompt, config = cache.scores, cache.prompt_tokens, cache.config
-        if scores is None:
-            return (None,) * self.pool.layers
-        queries = config.score_queries
+        scores = cache.scores
         return tuple(
-            ScoreTarget(
-                scores.received[layer],
-                None if scores.window is None else scores.window[layer],
-                max(0, prompt - config.window_queries),
-                prompt,
-                stride=queries.count if queries.kind == "stride" else 1,
-                first_query=max(0, prompt - queries.count) if queries.kind == "last" else 0,
-            )
-            if window is None
-            else None
+            scores.target(layer) if scores is not None and window is None else None
             for layer, window in enumerate(self.shape.windows)
         )
 
@@ -160,15 +134,30 @@ class CacheManager:
             cache.peak_pages = max(cache.peak_pages, pages)
         return slots
 
+    def lengths(self, rows: Tensor) -> CacheLengths:
+        """How much of each row is filled, for :meth:`take_back`."""
+        return CacheLengths(rows, self.pool.used[:, rows], self.seen[rows])
+
+    def take_back(self, before: CacheLengths) -> None:
+        """Gives back the slots that rows took since ``before``, and their pages. Nothing was evicted since."""
+        pool, rows = self.pool, before.rows
+        pool.used[:, rows] = before.used
+        self.seen[rows] = before.seen
+        layers = torch.arange(pool.layers, device=pool.device)
+        pool.release(layers.repeat_interleave(rows.numel()), rows.repeat(pool.layers))
+
+    def restart_prompt(self, cache: SequenceCache) -> None:
+        """Forgets the part of a prompt that was read, so that it can be read again from its start."""
+        row = torch.tensor([cache.row], device=self.pool.device)
+        self.take_back(CacheLengths(row, torch.zeros_like(self.pool.used[:, row]), torch.zeros_like(self.seen[row])))
+        if cache.scores is not None:
+            cache.scores.clear()
+
     def finish_prompt(self, cache: SequenceCache) -> int:
         """Compresses a prompt whose last chunk has run; returns the pages that the sequence can still need."""
         began = time.perf_counter()
         scores = cache.scores
-        received = None
-        if scores is not None:
-            positions = torch.arange(cache.prompt_tokens, device=self.pool.device)[None, None]
-            seen = torch.tensor([cache.prompt_tokens], device=self.pool.device)
-            received = extrapolate(scores.received, positions, seen, cache.config)
+        received = None if scores is None else scores.complete()
         if cache.config.enabled and cache.prompt_tokens > cache.budget:
             self._compress_full_layers(cache, received, None if scores is None else scores.window)
         elif received is not None and cache.config.evicts_in_decode:
@@ -239,9 +228,13 @@ class CacheManager:
         return budgets
 
     def _trim_windows(self, cache: SequenceCache) -> None:
-        """Frees what left the window of sliding-window layers."""
+        """Frees what left the window of sliding-window layers, from now on whenever a page has left it.
+
+        Not before the prompt is complete: until then every layer's slots must stay in order of position.
+        """
         if not self._sliding.numel():
             return
+        self.limit[self._sliding, cache.row] = self._windows + self.shape.page_size
         due = self.pool.used[self._sliding, cache.row] >= self.limit[self._sliding, cache.row]
         if bool(due.any()):
             layers = self._sliding[due]
@@ -285,79 +278,23 @@ class CacheManager:
         cache.seconds += time.perf_counter() - began
 
     def _evict(self, layers: Tensor, rows: Tensor, config: D2OConfig, window: Tensor | None) -> None:
-        """Brings each (layer, row) pair back to its ``keep``, a bounded number of bytes at a time."""
-        longest = int(self.pool.used[layers, rows].max())
-        each = 2 * longest * self.pool.kv_heads * self.pool.head_dim * self.pool.k.element_size()
-        for part in torch.arange(layers.numel()).split(max(1, _BYTES_AT_ONCE // each)):
-            part_window = None if window is None else window[layers[part]]
-            self._evict_part(layers[part], rows[part], config, part_window)
-
-    def _evict_part(self, layers: Tensor, rows: Tensor, config: D2OConfig, window: Tensor | None) -> None:
-        pool = self.pool
-        used, keep = pool.used[layers, rows], self.keep[layers, rows]
-        result = compress(
-            self._gather(layers, rows, used),
-            keep=keep,
+        """Brings each (layer, row) pair back to its ``keep``; ``window`` is [layers, kv_heads, prompt]."""
+        result = compact(
+            self.pool,
+            layers,
+            rows,
+            keep=self.keep[layers, rows],
             seen=self.seen[rows],
-            config=config,
             threshold=self.threshold[layers, rows],
-            window=window,
+            config=config,
+            window=None if window is None else window[layers],
         )
-        left = torch.minimum(used, keep)
-        self._scatter(layers, rows, result.slots, left)
-        pool.used[layers, rows] = left
-        pool.release(layers, rows)
         self.threshold[layers, rows] = result.threshold
-        for i, (layer, row) in enumerate(zip(layers.tolist(), rows.tolist(), strict=True)):
-            self.by_row[row].merged[layer] += result.merged[i]
-            self.by_row[row].dropped[layer] += result.dropped[i]
-
-    def _page_rows(self, layers: Tensor, rows: Tensor, slots: int) -> Tensor:
-        """Flat page rows [pairs * kv_heads * pages] of the first ``slots`` slots; short pairs repeat the last page."""
-        count = self.shape.pages(slots)
-        index = torch.arange(count)[None].expand(layers.numel(), -1)
-        last = (self.pool.held[layers, rows] - 1).clamp_(min=0)[:, None]
-        pages = self.pool.block_table[layers[:, None], rows[:, None], torch.minimum(index, last)]
-        return self.pool.page_rows(pages).flatten()
-
-    def _gather(self, layers: Tensor, rows: Tensor, used: Tensor) -> Slots:
-        pool, pairs = self.pool, layers.numel()
-        longest = int(used.max())
-        flat = self._page_rows(layers, rows, longest)
-
-        def taken(store: Tensor) -> Tensor:
-            pages = store.view(-1, *store.shape[2:]).index_select(0, flat)
-            return pages.view(pairs, pool.kv_heads, -1, *store.shape[3:])[:, :, :longest]
-
-        return Slots(
-            k=taken(pool.k),
-            v=taken(pool.v),
-            score=taken(pool.score),
-            position=taken(pool.position),
-            bias=taken(pool.bias),
-            used=used,
-        )
-
-    def _scatter(self, layers: Tensor, rows: Tensor, slots: Slots, left: Tensor) -> None:
-        """Writes survivors to the front of each pair's pages."""
-        pool, longest = self.pool, slots.score.shape[-1]
-        index = torch.arange(longest)[None].expand(layers.numel(), -1)
-        valid = index < left[:, None]
-        safe = torch.minimum(index, (left - 1)[:, None])
-        flat = pool.slot_rows(layers[:, None], rows[:, None], safe)[valid].flatten()
-
-        def put(store: Tensor, new: Tensor) -> None:
-            picked = new.transpose(1, 2)[valid].flatten(0, 1)
-            store.view(-1, *store.shape[3:]).index_copy_(0, flat, picked.to(store.dtype))
-
-        for store, new in (
-            (pool.k, slots.k),
-            (pool.v, slots.v),
-            (pool.score, slots.score),
-            (pool.position, slots.position),
-            (pool.bias, slots.bias),
-        ):
-            put(store, new)
+        pairs = zip(layers.tolist(), rows.tolist(), result.merged.tolist(), result.dropped.tolist(), strict=True)
+        for layer, row, merged, dropped in pairs:
+            cache = self.by_row[row]
+            cache.merged[layer] += merged
+            cache.dropped[layer] += dropped
 
     def facts(self, cache: SequenceCache) -> CacheFacts:
         """What became of the sequence's tokens, layer by layer."""
@@ -366,8 +303,8 @@ class CacheManager:
             LayerCache(
                 budget=cache.budgets[i] if cache.budgets else 0,
                 kept=used[i],
-                merged=float(cache.merged[i]),
-                dropped=float(cache.dropped[i]),
+                merged=cache.merged[i],
+                dropped=cache.dropped[i],
             )
             for i in range(self.pool.layers)
         )

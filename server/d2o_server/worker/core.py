@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
 from d2o_server.engine.memory import CacheShape, reserve
 from d2o_server.engine.messages import (
     Admitted,
@@ -19,10 +17,10 @@ from d2o_server.engine.messages import (
     Submit,
 )
 from d2o_server.engine.scheduler import Scheduler, StepPlan
-from d2o_server.engine.sequence import Sequence, Stage
+from d2o_server.engine.sequence import Sequence
 from d2o_server.engine.types import FinishReason
 from d2o_server.errors import EngineFailure, OutOfDeviceMemory, ServerError
-from d2o_server.worker.runner import ModelRunner, Sampled
+from d2o_server.worker.runner import ModelRunner, Sampled, StepOutcome
 
 _log = logging.getLogger(__name__)
 
@@ -76,8 +74,12 @@ class WorkerCore:
             reservation=reserve(self.shape, message.config, len(message.prompt), message.max_new_tokens),
         )
 
-    def step(self) -> StepReport:
-        """Admits, runs one step and reports; with nothing to run it only reports."""
+    def admit(self) -> StepReport | None:
+        """Admits what fits; reports it before the step, which may take long and which somebody waits through."""
+        self._admit()
+        return self._changes.report(self.pool_state()) if self._changes.admitted else None
+
+    def _admit(self) -> None:
         for sequence in self.scheduler.admit():
             self.runner.open(sequence)
             reservation = sequence.reservation
@@ -89,6 +91,10 @@ class WorkerCore:
                     config=reservation.config,
                 )
             )
+
+    def step(self) -> StepReport:
+        """Admits, runs one step and reports; with nothing to run it only reports."""
+        self._admit()
         plan = self.scheduler.plan()
         if plan:
             self._run(plan)
@@ -97,17 +103,26 @@ class WorkerCore:
         return self._changes.report(self.pool_state())
 
     def _run(self, plan: StepPlan) -> None:
-        try:
-            outcome = self.runner.step(plan)
-        except Exception as error:  # noqa: BLE001  whatever a step raises, the worker goes on without its requests
-            self._fail_step(plan, error)
-            return
+        scored: set[int] = set()
+        while plan:
+            try:
+                outcome = self.runner.step(plan, scored)
+            except OutOfDeviceMemory as error:
+                plan = self._without_newest(plan, error)
+            except Exception as error:  # noqa: BLE001  whatever a step raises, the worker goes on without its requests
+                self._fail_step(plan, error)
+                return
+            else:
+                self._apply(plan, outcome)
+                return
+
+    def _apply(self, plan: StepPlan, outcome: StepOutcome) -> None:
         for part in plan.prefill:
             self.scheduler.prefilled(part)
         for sequence, pages in outcome.settled:
             self.scheduler.settle(sequence, sequence.reservation.resident if pages < 0 else pages)
         for sequence, failure in outcome.failed:
-            self._fail(sequence, failure, poisoned=True)
+            self._fail(sequence, failure)
         for sampled in outcome.sampled:
             self._accept(sampled)
 
@@ -128,25 +143,30 @@ class WorkerCore:
             self._end(sequence, FinishReason.LENGTH)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
-        """A step that raised: out of memory costs the newest prompt in it; anything else costs the step's requests."""
+        """A defect of ours costs the requests of the step in which it showed."""
         _log.exception("a step of %d sequences failed", len(list(plan.sequences)))
-        if isinstance(error, torch.cuda.OutOfMemoryError) and plan.prefill:
-            torch.cuda.empty_cache()
-            self._fail(plan.prefill[-1].sequence, OutOfDeviceMemory("the device ran out of memory reading the prompt"))
-            failure: ServerError = EngineFailure("another request's prompt exhausted the device memory in this step")
-        else:
-            failure = EngineFailure(f"the step that ran the request failed: {type(error).__name__}")
-        for sequence in list(plan.sequences):
-            if sequence.stage is not Stage.FINISHED:
-                self._fail(sequence, failure, poisoned=True)
+        for sequence in plan.sequences:
+            self._fail(sequence, EngineFailure(f"the step that ran the request failed: {type(error).__name__}"))
 
-    def _fail(self, sequence: Sequence, error: ServerError, *, poisoned: bool = False) -> None:
-        self._drop(sequence, poisoned=poisoned)
+    def _without_newest(self, plan: StepPlan, error: OutOfDeviceMemory) -> StepPlan:
+        """Fails the newest request of a step that ran out of memory; returns what can run at once without it.
+
+        The step's other prompts are read again from their start, in steps of their own.
+        """
+        *others, newest = plan.sequences
+        _log.warning("a step of %d sequences ran out of memory; the newest, %s, fails", len(others) + 1, newest.id)
+        self._fail(newest, error)
+        for part in plan.prefill[:-1]:
+            self.scheduler.restart(part.sequence)
+        return StepPlan(tuple(others[: len(plan.decode)]), ())
+
+    def _fail(self, sequence: Sequence, error: ServerError) -> None:
+        self._drop(sequence)
         self._changes.failed.append(Failed(sequence.id, type(error).__name__, str(error)))
 
-    def _drop(self, sequence: Sequence, *, poisoned: bool = False) -> None:
+    def _drop(self, sequence: Sequence) -> None:
         if sequence.id in self.runner.running:
-            self.runner.close(sequence, poisoned=poisoned)
+            self.runner.close(sequence)
         self.scheduler.remove(sequence)
 
     def _end(self, sequence: Sequence, reason: FinishReason, stop_token: int | None = None) -> None:

@@ -55,6 +55,7 @@ class StepContext:
     """Everything that attention needs to know about one step: ``decode`` tokens first, then the prefill chunks.
 
     ``slot_rows`` is [layers, tokens, kv_heads]: the flat slot index that each new key and value is written to.
+    ``scored`` has the layers that have added their decode scores: a step that runs again must not add them twice.
     """
 
     pool: PagePool
@@ -64,6 +65,7 @@ class StepContext:
     prefills: tuple[PrefillChunk, ...]
     bias: bool
     score: bool
+    scored: set[int]
 
 
 def register() -> None:
@@ -107,9 +109,11 @@ def attention(
     out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
     if step.segments is not None:
         q = query[0, :, : step.decode_tokens].transpose(0, 1)
+        score = step.score and layer not in step.scored
         out[: step.decode_tokens] = decode_attention(
-            q, step.pool, step.segments, layer, rule=rule, bias=step.bias, score=step.score
+            q, step.pool, step.segments, layer, rule=rule, bias=step.bias, score=score
         )
+        step.scored.add(layer)
     for chunk in step.prefills:
         k, v = _context(step.pool, chunk, layer, key[0], value[0])
         out[chunk.tokens] = prefill_attention(

@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 
 import torch
 import zmq
@@ -24,15 +26,16 @@ from d2o_server.errors import StartupError
 from d2o_server.worker.build import build_worker
 from d2o_server.worker.core import WorkerCore
 
-_IDLE_POLL_MS = 1000
+_ORPHAN_POLL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Entry point of the process: ``python -m d2o_server.worker.process ADDRESS``."""
+    """Entry point of the process: ``python -m d2o_server.worker.process ADDRESS PARENT``."""
     logging.basicConfig(level=os.environ.get("D2O_LOG_LEVEL", "INFO"), format="%(asctime)s %(levelname)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 1000)
@@ -44,23 +47,29 @@ def main() -> None:
         context.term()
 
 
+def _end_with(parent: int) -> None:
+    """Ends the process, whatever it is doing, once the front process is gone: nobody else would."""
+    while os.getppid() == parent:
+        time.sleep(_ORPHAN_POLL_SECONDS)
+    _log.error("the front process is gone; stopping")
+    os._exit(1)
+
+
 def _serve(socket: zmq.Socket[bytes]) -> None:
     settings = decode_settings(socket.recv())
     core = _start(socket, settings)
     if core is None:
         return
-    parent = os.getppid()
     while True:
-        while socket.poll(0 if core else _IDLE_POLL_MS):
+        while socket.poll(0 if core else None):
             message = decode_to_worker(socket.recv())
             if isinstance(message, Shutdown):
                 return
             core.handle(message)
         if core:
+            if admission := core.admit():
+                socket.send(encode(admission))
             socket.send(encode(core.step()))
-        if os.getppid() != parent:
-            _log.error("the front process is gone; stopping")
-            return
 
 
 def _start(socket: zmq.Socket[bytes], settings: WorkerSettings) -> WorkerCore | None:

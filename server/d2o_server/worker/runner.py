@@ -11,7 +11,7 @@ from d2o.attention import DecodeSegments, ScoreTarget
 from d2o_server.engine.scheduler import PrefillSlice, StepPlan
 from d2o_server.engine.sequence import Sequence
 from d2o_server.engine.types import CacheFacts
-from d2o_server.errors import ServerError
+from d2o_server.errors import OutOfDeviceMemory, ServerError
 from d2o_server.worker.caches import CacheManager, SequenceCache
 from d2o_server.worker.hf_attention import PrefillChunk, StepContext
 from d2o_server.worker.sampler import RowLogprobs, Sampler, SamplingState
@@ -45,6 +45,11 @@ class StepOutcome:
     settled: list[tuple[Sequence, int]] = field(default_factory=list)
     failed: list[tuple[Sequence, ServerError]] = field(default_factory=list)
 
+    def fail(self, sequence: Sequence, error: ServerError) -> None:
+        """Fails a sequence, whose new token is void."""
+        self.sampled = [sampled for sampled in self.sampled if sampled.sequence is not sequence]
+        self.failed.append((sequence, error))
+
 
 class ModelRunner:
     """The model, its caches and its sampler. Knows nothing of queues or clients."""
@@ -66,29 +71,55 @@ class ModelRunner:
         )
         self.running[sequence.id] = Running(cache, sampling, self.caches.targets(cache))
 
-    def close(self, sequence: Sequence, *, poisoned: bool = False) -> CacheFacts:
+    def close(self, sequence: Sequence) -> CacheFacts:
         """Frees all that the sequence holds; returns what became of its tokens."""
         cache = self.running.pop(sequence.id).cache
         facts = self.caches.facts(cache)
-        self.caches.close(cache, poisoned=poisoned)
+        self.caches.close(cache)
         return facts
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> StepOutcome:
-        """Runs one step; prompts whose last chunk ran are compressed and sampled like decoding sequences."""
-        context = self._context(plan)
-        logits = self._forward(plan, context)
-        outcome = StepOutcome()
-        finished = [part.sequence for part in plan.prefill if part.last]
-        for sequence in finished:
+    def step(self, plan: StepPlan, scored: set[int]) -> StepOutcome:
+        """Runs one step; prompts whose last chunk ran are sampled like decoding sequences and compressed.
+
+        Args:
+            plan: the step.
+            scored: layers that added this step's decode scores in an attempt that ran out of memory; filled here.
+
+        Raises:
+            OutOfDeviceMemory: nothing was sampled or compressed. Prompts are as before their first chunk, decoding
+                sequences as before the step but for the layers in ``scored``: run it again with them, or fewer.
+        """
+        before = self.caches.lengths(torch.tensor([self.running[s.id].cache.row for s in plan.decode]).long())
+        try:
+            outcome = self._sampled(plan, self._forward(plan, self._context(plan, scored)))
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+        else:
+            self._compress(plan, outcome)
+            return outcome
+        # Only out here does nothing refer to the failed step's tensors any more.
+        self.caches.take_back(before)
+        for part in plan.prefill:
+            self.caches.restart_prompt(self.running[part.sequence.id].cache)
+        torch.cuda.empty_cache()
+        raise OutOfDeviceMemory("the device ran out of memory in a step in which this request was the newest")
+
+    def _compress(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        failed = {sequence.id for sequence, _ in outcome.failed}
+        for sequence in [part.sequence for part in plan.prefill if part.last and part.sequence.id not in failed]:
             running = self.running[sequence.id]
-            outcome.settled.append((sequence, self.caches.finish_prompt(running.cache)))
+            try:
+                outcome.settled.append((sequence, self.caches.finish_prompt(running.cache)))
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                outcome.fail(sequence, OutOfDeviceMemory("the device ran out of memory compressing the prompt"))
             running.targets = ()
         self.caches.evict_due()
-        self._sample(logits, [*plan.decode, *finished], outcome)
-        return outcome
 
-    def _context(self, plan: StepPlan) -> StepContext:
+    def _context(self, plan: StepPlan, scored: set[int]) -> StepContext:
         """Takes slots for the step's tokens and plans their attention."""
         parts = [(self.running[s.id], 1) for s in plan.decode]
         parts += [(self.running[p.sequence.id], p.count) for p in plan.prefill]
@@ -108,6 +139,7 @@ class ModelRunner:
             prefills=self._chunks(plan.prefill, decoding),
             bias=any(config.enabled for config in configs),
             score=any(config.enabled and config.evicts_in_decode for config in configs),
+            scored=scored,
         )
 
     def _chunks(self, parts: tuple[PrefillSlice, ...], first: int) -> tuple[PrefillChunk, ...]:
@@ -142,12 +174,20 @@ class ModelRunner:
         logits: Tensor = out.logits[0]
         return logits if sampled else logits[:0]
 
-    def _sample(self, logits: Tensor, sequences: list[Sequence], outcome: StepOutcome) -> None:
+    def _sampled(self, plan: StepPlan, logits: Tensor) -> StepOutcome:
+        sequences = [*plan.decode, *(part.sequence for part in plan.prefill if part.last)]
+        outcome = StepOutcome()
         if not sequences:
-            return
+            return outcome
         batch = self.sampler.sample(logits, [self.running[s.id].sampling for s in sequences])
         for row, sequence in enumerate(sequences):
             if row in batch.failures:
                 outcome.failed.append((sequence, batch.failures[row]))
             else:
                 outcome.sampled.append(Sampled(sequence, batch.token_ids[row], batch.logprobs[row]))
+        return outcome
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch has a class of its own for a device's memory and none for the host's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
