@@ -1,0 +1,1 @@
+"""Scripts that measure this project, one a question: ``python -m benchmarks.NAME``; results as JSON in ``results/``."""

@@ -1,0 +1,135 @@
+"""The benchmarks run whole at a tiny scale, and what they derive from a run is right."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import baseline_cpu, concurrency, plot
+from benchmarks._machine import Machine
+from benchmarks._prompts import make_prompts
+from benchmarks._server import Reply, check_complete
+from d2o_client import CacheFacts, Compression, Finished, FinishReason, Started, Usage
+
+TINY = ("--model", "random:tiny-llama", "--dtype", "float32", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("\n".join(f"On day {day} the ship was {day * 7} miles from home." for day in range(400)))
+    return path
+
+
+def reply(*times: float, queued: float, first: float, tokens: int = 3, starts: int = 1) -> Reply:
+    """A stream whose request waited ``queued`` seconds and got its first token after ``first``."""
+    usage = Usage(
+        prompt_tokens=4,
+        completion_tokens=tokens,
+        queue_seconds=queued,
+        first_token_seconds=first,
+        total_seconds=times[-1],
+    )
+    cache = CacheFacts(layers=(), ratio_reached=1.0, peak_pages=1, compression_seconds=0.0)
+    started = Started(
+        generation_id="a", prompt_tokens=4, reserved_pages=3, compression=Compression(), budget_per_layer=0, seed=0
+    )
+    finished = Finished(reason=FinishReason.LENGTH, usage=usage, cache=cache)
+    return Reply(token_ids=tuple(range(tokens)), times=times, starts=starts, started=started, finished=finished)
+
+
+@pytest.fixture(scope="module")
+def concurrency_result(story: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    folder = tmp_path_factory.mktemp("concurrency")
+    size = ("--requests", "6", "--prompt-tokens", "250", "--new-tokens", "40", "--pool-tokens", "640")
+    budget = ("--ratios", "0.2", "--min-budget", "16", "--prefill-tokens", "256")
+    concurrency.main([*TINY, *size, *budget, "--text", str(story), "--out", str(folder)])
+    return json.loads((folder / "concurrency.json").read_text()), folder
+
+
+def test_concurrency_runs_more_at_once_with_d2o_than_the_pool_holds_full_caches(
+    concurrency_result: tuple[dict[str, Any], Path],
+) -> None:
+    result, _ = concurrency_result
+    none, d2o = result["policies"]
+    assert (none["label"], d2o["label"]) == ("none", "d2o 0.2")
+    # 640 tokens hold two full caches of 290.
+    assert none["at_once"] == 2
+    assert none["mean_at_once_while_queued"] <= 2
+    assert d2o["at_once"] > 2
+    assert result["over_none"]["d2o 0.2"]["at_once"] == d2o["at_once"] / 2
+    assert none["mean_ratio_reached"] == 1.0
+    assert d2o["mean_ratio_reached"] < 0.4
+
+
+def test_concurrency_leaves_no_page_and_stays_within_the_pool(
+    concurrency_result: tuple[dict[str, Any], Path],
+) -> None:
+    result, _ = concurrency_result
+    for policy in result["policies"]:
+        assert (policy["pages_used_afterwards"], policy["pages_reserved_afterwards"]) == (0, 0)
+        assert 0 < policy["peak_pages_in_use"] <= result["settings"]["pool_pages"]
+        assert 0 < policy["peak_pages"] <= policy["reserved_pages_per_request"]
+
+
+def test_concurrency_draws_its_plot(concurrency_result: tuple[dict[str, Any], Path]) -> None:
+    _, folder = concurrency_result
+    image = folder / "concurrency.png"
+    assert image.read_bytes().startswith(b"\x89PNG")
+    image.unlink()
+    plot.main(["--out", str(folder)])
+    assert image.exists()
+
+
+def test_in_float32_all_contenders_of_the_baseline_give_the_same_tokens(story: Path, tmp_path: Path) -> None:
+    size = ("--requests", "3", "--prompt-tokens", "40", "--new-tokens", "6")
+    rounds = ("--repeats", "1", "--cb-batch-tokens", "64")
+    baseline_cpu.main([*TINY, *size, *rounds, "--text", str(story), "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "baseline_cpu.json").read_text())
+    assert list(result["contenders"])[-1] == "d2o-serve"
+    assert len(result["comparison"]) == 2
+    for row in result["comparison"].values():
+        assert row["agreement"] == {"first_token": 1, "common_prefix_tokens": 6, "same_tokens": 1}
+        assert row["ours_over_it"] > 0
+
+
+def test_prompts_are_all_different_and_the_same_in_every_run() -> None:
+    first, again = (make_prompts("random:tiny-llama", count=5, tokens=1000) for _ in range(2))
+    assert first == again
+    assert len(set(first.token_ids)) == 5
+    assert {len(ids) for ids in first.token_ids} == {1000}
+    assert first.source.startswith("docstrings of transformers ")
+
+
+def test_a_text_that_is_too_short_is_refused(story: Path) -> None:
+    with pytest.raises(ValueError, match=r"text: got \d+ tokens, needed are 900 prompts of 100 tokens"):
+        make_prompts("random:tiny-llama", count=900, tokens=100, text=story)
+
+
+def test_machine_facts_name_no_folder_and_the_commit() -> None:
+    facts = json.dumps(Machine().as_json())
+    assert str(Path.home()) not in facts
+    assert str(Path(__file__).resolve().parent.parent) not in facts
+    assert re.search(r'"commit": "([0-9a-f]{40}|unknown)', facts)
+
+
+def test_decode_only_time_leaves_out_every_prefill() -> None:
+    # Prefills from 0 to 2 and from 5 to 7; the run ends at 9.
+    first = reply(2.0, 3.0, 4.0, 6.0, 8.0, queued=0.0, first=2.0)
+    second = reply(7.0, 9.0, queued=5.0, first=7.0)
+    tokens, seconds = concurrency.decode_only_tokens([first, second])
+    assert (tokens, seconds) == (4, 5.0)
+
+
+def test_tokens_that_arrive_together_are_one_arrival() -> None:
+    assert reply(1.0, 1.0, 3.0, queued=0.0, first=1.0).gaps == [2.0]
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": 2}, {"starts": 2}])
+def test_a_stream_that_was_cut_or_started_twice_fails_the_benchmark(wrong: dict[str, int]) -> None:
+    with pytest.raises(RuntimeError, match="request 1: got"):
+        check_complete([reply(1.0, queued=0.0, first=1.0), reply(1.0, queued=0.0, first=1.0, **wrong)], 3)
