@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
+from typing import Any, TypeVar
 
-from d2o_server.engine.dispatcher import Dispatcher, Worker
-from d2o_server.engine.engine import EngineDefaults, LocalEngine
+from d2o_server.engine.admission import EngineDefaults
+from d2o_server.engine.dispatcher import Dispatcher
+from d2o_server.engine.engine import LocalEngine
 from d2o_server.engine.types import SamplingParams
+from d2o_server.engine.worker_client import Worker
+from d2o_server.errors import StartupError
 from d2o_server.models.source import ModelSource, resolve
 from d2o_server.rpc.server import RpcServer, RpcSettings
-from d2o_server.settings import Settings
+from d2o_server.settings import ListenSettings, Settings
 from d2o_server.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
+Started = TypeVar("Started")
 
 
 @asynccontextmanager
@@ -29,7 +34,7 @@ async def running_engine(settings: Settings, progress: Progress) -> AsyncIterato
         StartupError: the model or the settings do not allow a start; the message says what to change.
     """
     source = await asyncio.to_thread(resolve, settings.worker.model, report=progress)
-    worker = Worker(0, settings.worker, progress)
+    worker = Worker(0, settings.worker, progress, {"D2O_LOG_LEVEL": settings.log_level})
     try:
         codec, _ = await asyncio.gather(asyncio.to_thread(_tokenizer, source), worker.start())
         limits = settings.limits
@@ -64,30 +69,62 @@ async def serve(settings: Settings, progress: Progress, listening: Callable[[int
     """Serves until SIGTERM or SIGINT, then drains: no stream that runs is cut within the grace.
 
     ``listening`` is called with the bound port once the model answered a first forward pass.
+
+    Raises:
+        StartupError: the settings do not allow a start; the message says what to change.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running_engine(settings, progress) as engine:
-        listen = settings.listen
-        server = RpcServer(
-            engine,
-            RpcSettings(
-                host=listen.host,
-                port=listen.port,
-                reflection=listen.reflection,
-                rate_limit=listen.rate_limit,
-                tls_certificate=listen.tls_certificate,
-                tls_key=listen.tls_key,
-                tls_client_ca=listen.tls_client_ca,
-            ),
-        )
+    rpc = _rpc_settings(settings.listen)
+    await _check_address(rpc)
+    async with AsyncExitStack() as scope:
+        engine = await _unless(stop, scope.enter_async_context(running_engine(settings, progress)))
+        if engine is None:
+            return
+        server = RpcServer(engine, rpc)
         listening(await server.start())
         health = asyncio.create_task(_follow_health(engine, server))
         await stop.wait()
         health.cancel()
         await _drain(engine, server, settings)
+
+
+async def _unless(stop: asyncio.Event, starting: Coroutine[Any, Any, Started]) -> Started | None:
+    """What ``starting`` returns, or None where it was cancelled because ``stop`` was set first."""
+    start, stopped = asyncio.create_task(starting), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({start, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        if not start.done():
+            start.cancel()
+            await asyncio.wait({start})
+    return None if start.cancelled() else start.result()
+
+
+def _rpc_settings(listen: ListenSettings) -> RpcSettings:
+    return RpcSettings(
+        host=listen.host,
+        port=listen.port,
+        reflection=listen.reflection,
+        rate_limit=listen.rate_limit,
+        tls_certificate=listen.tls_certificate,
+        tls_key=listen.tls_key,
+        tls_client_ca=listen.tls_client_ca,
+    )
+
+
+async def _check_address(rpc: RpcSettings) -> None:
+    """Finds out before the model is loaded, which takes a while, whether the port can be had."""
+    try:
+        probe = await asyncio.get_running_loop().create_server(asyncio.Protocol, rpc.host, rpc.port)
+    except OSError as error:
+        allowed = f"an address of this machine with a free port ({error.strerror or error})"
+        raise StartupError(f"host, port: got {rpc.host}:{rpc.port}, allowed is {allowed}") from error
+    probe.close()
+    await probe.wait_closed()
 
 
 async def _follow_health(engine: LocalEngine, server: RpcServer) -> None:

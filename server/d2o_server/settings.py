@@ -14,6 +14,7 @@ from d2o_server.errors import SettingsError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _ENVIRONMENT_PREFIX = "D2O_SERVE_"
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,10 @@ class Settings:
     listen: ListenSettings = field(default_factory=ListenSettings)
     log_level: str = "INFO"
 
+    def __post_init__(self) -> None:
+        if self.log_level not in _LOG_LEVELS:
+            raise SettingsError(f"log_level: got {self.log_level!r}, allowed is {', '.join(_LOG_LEVELS)}")
+
 
 def worker_settings(**changes: object) -> WorkerSettings:
     """Worker settings with defaults filled in.
@@ -96,7 +101,7 @@ def worker_settings(**changes: object) -> WorkerSettings:
 
 
 def _at_least(name: str, given: float, low: float) -> None:
-    if given < low:
+    if not given >= low:
         raise SettingsError(f"{name}: got {given}, allowed is at least {low}")
 
 
@@ -179,6 +184,10 @@ def _environment_value(action: argparse.Action, given: str) -> object:
         if given.lower() not in ("0", "1", "true", "false"):
             raise SettingsError(f"{_ENVIRONMENT_PREFIX}{action.dest.upper()}: got {given!r}, allowed is true or false")
         return given.lower() in ("1", "true")
+    # argparse checks the choices of flags only.
+    if action.choices is not None and given not in action.choices:
+        allowed = ", ".join(action.choices)
+        raise SettingsError(f"{_ENVIRONMENT_PREFIX}{action.dest.upper()}: got {given!r}, allowed is {allowed}")
     return given
 
 
@@ -192,7 +201,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of model and cache"
     )
-    model.add_argument("--device", default="cpu", help="torch device of the worker")
+    model.add_argument("--device", default="cpu", help="device of the worker; cpu so far")
     model.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of the worker")
     model.add_argument("--page-size", type=int, default=32, help="slots a cache page")
     model.add_argument("--num-pages", type=int, help="pages in the pool; default: what memory_fraction affords")
@@ -221,7 +230,7 @@ def _serving_flags(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--reflection", action=argparse.BooleanOptionalAction, default=True, help="serve grpc.reflection"
     )
-    serving.add_argument("--rate-limit", type=int, default=0, help="calls a second that one peer may start; 0: any")
+    serving.add_argument("--rate-limit", type=int, default=0, help="generations a second that one peer may start")
     serving.add_argument("--tls-certificate", type=Path, help="PEM certificate chain; switches TLS on")
     serving.add_argument("--tls-key", type=Path, help="PEM private key")
     serving.add_argument("--tls-client-ca", type=Path, help="PEM authorities that clients must come from")

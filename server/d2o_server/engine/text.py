@@ -53,14 +53,14 @@ class TextStream:
         return cls(codec, sampling, codec.detokenizer(), StopMatcher(sampling.stop_strings), end_ids)
 
     def push(self, new: Sequence[NewToken]) -> Chunk:
-        """Takes new tokens, up to the one that completes a stop string."""
+        """Takes new tokens, up to the one that completes a stop string, which no least length holds off."""
         text, ids = [], []
         for token in new:
             ids.append(token.token)
             hidden = token.token in self.sampling.stop_token_ids or token.token in self.end_ids
             scan = self.matcher.push("" if hidden else self.detokenizer.push((token.token,)))
             text.append(scan.emit)
-            if scan.matched is not None and self.tokens + len(ids) >= self.sampling.min_new_tokens:
+            if scan.matched is not None:
                 self.matched = scan.matched
                 break
         self.tokens += len(ids)

@@ -139,7 +139,11 @@ async def _abort(error: BaseException, record: CallRecord, context: Context) -> 
     record.status = status.code.name
     if status.is_defect:
         _failures.error("generation %s failed in %s", reference, record.method, exc_info=error)
-    await context.abort(status.code, status.details, status.trailers)
+    try:
+        await context.abort(status.code, status.details, status.trailers)
+    except grpc.aio.InternalError as gone:
+        # The caller's own deadline or cancel has ended the call already.
+        raise asyncio.CancelledError from gone
 
 
 def _decoding(behaviour: Any, decode: Any) -> Behaviour:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,6 +27,7 @@ from d2o_server.worker.runner import ModelRunner
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MOST_CPU_POOL_BYTES = 4 << 30
+_WARM_UP_PROMPT, _WARM_UP_OUTPUT = 4, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +52,13 @@ def build_worker(settings: WorkerSettings, progress: Callable[[str], None]) -> B
     model = load_model(source, dtype=dtype, device=device, attn_implementation=hf_attention.ATTENTION_NAME)
     shape = describe(model.config)
     page_bytes = PagePool.bytes_per_page(shape.kv_heads, shape.head_dim, settings.page_size, dtype)
-    pages = settings.num_pages or _affordable_pages(settings, device, page_bytes)
+    pages = settings.num_pages or _affordable_pages(settings, page_bytes)
     max_model_len = min(settings.max_model_len or shape.max_positions, shape.max_positions)
-    if pages < shape.layers:
+    least = shape.layers * -(-(_WARM_UP_PROMPT + _WARM_UP_OUTPUT) // settings.page_size)
+    if pages < least:
         raise SettingsError(
-            f"num_pages: got {pages}, allowed is at least {shape.layers} (a page for every layer of {settings.model})"
+            f"num_pages: got {pages}, allowed is at least {least}, which hold"
+            f" {_WARM_UP_PROMPT + _WARM_UP_OUTPUT} tokens in each of the {shape.layers} layers of {settings.model}"
         )
     pool = PagePool(
         layers=shape.layers,
@@ -77,21 +81,23 @@ def build_worker(settings: WorkerSettings, progress: Callable[[str], None]) -> B
 
 
 def _device(name: str) -> torch.device:
-    """The torch device of this name, if something can be put there."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise SettingsError(f"device: got {name!r}, allowed is one that torch can use here ({reason})") from error
+    """The device of this name. Caches and attention run on CPUs only so far."""
+    if name != "cpu":
+        raise SettingsError(f"device: got {name!r}, allowed is cpu (this version has no GPU kernels)")
+    return torch.device(name)
 
 
-def _affordable_pages(settings: WorkerSettings, device: torch.device, page_bytes: int) -> int:
-    """Pages that fit into the share of free memory that the settings allow."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * settings.memory_fraction) // page_bytes
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(int(free * settings.memory_fraction), _MOST_CPU_POOL_BYTES) // page_bytes
+def _affordable_pages(settings: WorkerSettings, page_bytes: int) -> int:
+    """Pages that fit into the share of available memory that the settings allow."""
+    return min(int(_available_bytes() * settings.memory_fraction), _MOST_CPU_POOL_BYTES) // page_bytes
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping, the page cache included."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _warm_up(core: WorkerCore) -> None:
@@ -99,12 +105,12 @@ def _warm_up(core: WorkerCore) -> None:
     core.handle(
         Submit(
             id="warm-up",
-            prompt=(0, 1, 2, 3),
+            prompt=tuple(range(_WARM_UP_PROMPT)),
             sampling=SamplingParams(ignore_end_of_text=True),
             seed=0,
             config=D2OConfig(policy=Policy.NONE),
             end_ids=(),
-            max_new_tokens=2,
+            max_new_tokens=_WARM_UP_OUTPUT,
         )
     )
     failed: list[Failed] = []

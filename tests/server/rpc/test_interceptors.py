@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import re
+import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
@@ -14,6 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from d2o_inference.v1 import inference_service_pb2 as pb
 from d2o_inference.v1.inference_service_pb2_grpc import InferenceServiceStub
+from d2o_server.engine.types import Event, GenerationRequest
+from d2o_server.errors import DeadlineExceeded
 from d2o_server.rpc.interceptors import CallRecord
 from tests.server.rpc.conftest import Serve
 from tests.server.rpc.scripted_engine import CHUNKS, FINISHED, STARTED, ScriptedEngine
@@ -145,3 +149,21 @@ async def test_calls_that_ended_make_room_again(serve: Serve) -> None:
     engine.script = (STARTED, FINISHED)
     for _ in range(3):
         assert (await stub.GenerateText(UNARY)).started.generation_id == "gen-7"
+
+
+async def test_a_deadline_that_engine_and_caller_notice_at_once_is_no_defect(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Punctual(ScriptedEngine):
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+            self.requests.append(request)
+            await asyncio.sleep(request.deadline - time.monotonic() if request.deadline else 0)
+            raise DeadlineExceeded("the deadline passed while the request was queued")
+            yield STARTED
+
+    stub = InferenceServiceStub(await serve(Punctual()))
+    for _ in range(20):
+        calls = [stub.StreamGenerateText(STREAM, timeout=0.02) for _ in range(20)]
+        assert {await call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+    await asyncio.sleep(0.05)
+    assert "ExecuteBatchError" not in caplog.text

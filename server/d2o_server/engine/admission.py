@@ -1,0 +1,131 @@
+"""What a request must pass before a worker hears of it: tokenized, within bounds, and its pages known."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+from d2o.config import D2OConfig
+from d2o_server import errors
+from d2o_server.engine.memory import CacheShape, reserve
+from d2o_server.engine.messages import Submit
+from d2o_server.engine.text import TextCodec
+from d2o_server.engine.types import ChatMessage, GenerationRequest, ModelInfo, Prompt, SamplingParams
+from d2o_server.engine.validation import validate
+
+_LONGEST_PROMPT_CHARACTERS_PER_TOKEN = 64
+_TOKENIZER_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineDefaults:
+    """What applies where a request is silent, and the engine's bounds."""
+
+    compression: D2OConfig = D2OConfig()
+    sampling: SamplingParams = SamplingParams(max_new_tokens=256)
+    max_logprobs: int = 20
+
+
+class Admission:
+    """Turns requests into messages for a worker, and refuses those that can never succeed: nothing is reserved yet."""
+
+    def __init__(self, codec: TextCodec, info: ModelInfo, shape: CacheShape, defaults: EngineDefaults) -> None:
+        self._codec, self._info, self._shape, self._defaults = codec, info, shape, defaults
+        self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+
+    def close(self) -> None:
+        """Ends the tokenizer's threads."""
+        self._threads.shutdown(wait=False)
+
+    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's token ids; text is tokenized off the event loop.
+
+        Raises:
+            InvalidRequest: the prompt is empty, far too long, outside the vocabulary, or no valid conversation.
+        """
+        if isinstance(prompt, str):
+            most = self._info.max_model_len * _LONGEST_PROMPT_CHARACTERS_PER_TOKEN
+            if len(prompt) > most:
+                raise errors.InvalidRequest("prompt.text", f"{len(prompt)} characters", f"at most {most} characters")
+            return _not_empty("prompt.text", await self._off_loop(partial(self._codec.encode, prompt)))
+        messages = tuple(item for item in prompt if isinstance(item, ChatMessage))
+        if messages:
+            return _not_empty("prompt.chat", await self._off_loop(partial(self._codec.render_chat, messages)))
+        ids = tuple(item for item in prompt if isinstance(item, int))
+        vocabulary = self._info.vocabulary_size
+        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+        if wrong is not None:
+            raise errors.InvalidRequest("prompt.tokens.ids", wrong, f"token ids in [0, {vocabulary - 1}]")
+        return _not_empty("prompt.tokens", ids)
+
+    async def _off_loop(self, encode: Callable[[], list[int]]) -> tuple[int, ...]:
+        return tuple(await asyncio.get_running_loop().run_in_executor(self._threads, encode))
+
+    async def prepare(self, request: GenerationRequest) -> tuple[Submit, int]:
+        """The message that submits the request, and the pages that it needs at most.
+
+        Raises:
+            InvalidRequest: a field is out of bounds, or the whole pool could not hold the request.
+            DeadlineExceeded: its time was up when it came.
+        """
+        if request.deadline is not None and request.deadline <= time.monotonic():
+            raise errors.DeadlineExceeded("the deadline had passed when the request arrived")
+        sampling = request.sampling
+        default = self._defaults.sampling.max_new_tokens or 1
+        validate(
+            sampling,
+            vocabulary_size=self._info.vocabulary_size,
+            max_logprobs=self._info.max_logprobs,
+            default_max_new_tokens=default,
+        )
+        prompt = await self.tokenize(request.prompt)
+        max_new_tokens = self._fit_length(len(prompt), sampling, default)
+        config = request.compression or self._defaults.compression
+        message = Submit(
+            id=secrets.token_hex(8),
+            prompt=prompt,
+            sampling=replace(sampling, max_new_tokens=max_new_tokens),
+            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            config=config,
+            end_ids=self._info.end_of_text_ids,
+            max_new_tokens=max_new_tokens,
+        )
+        return message, self._pages(config, len(prompt), max_new_tokens)
+
+    def _fit_length(self, prompt_tokens: int, sampling: SamplingParams, default: int) -> int:
+        most = self._info.max_model_len - prompt_tokens
+        if most < 1:
+            raise errors.InvalidRequest(
+                "prompt", f"{prompt_tokens} tokens", f"at most {self._info.max_model_len - 1} tokens"
+            )
+        if sampling.max_new_tokens is None:
+            return min(default, most)
+        if sampling.max_new_tokens > most:
+            raise errors.InvalidRequest(
+                "stopping.max_new_tokens",
+                sampling.max_new_tokens,
+                f"at most {most} (context of {self._info.max_model_len} tokens less a prompt of {prompt_tokens})",
+            )
+        return sampling.max_new_tokens
+
+    def _pages(self, config: D2OConfig, prompt_tokens: int, max_new_tokens: int) -> int:
+        pages = reserve(self._shape, config, prompt_tokens, max_new_tokens).pages
+        if pages > self._info.total_pages:
+            raise errors.InvalidRequest(
+                "prompt",
+                f"{prompt_tokens} tokens, which need {pages} cache pages",
+                f"requests of at most {self._info.total_pages} pages; shorten the prompt or the output, or compress "
+                "more",
+            )
+        return pages
+
+
+def _not_empty(field: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+    if not ids:
+        raise errors.InvalidRequest(field, "an empty prompt", "at least one token")
+    return ids

@@ -1,0 +1,66 @@
+"""SIGTERM: health first, then no new calls, and no stream that runs is cut."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from d2o_client import NO_RETRY, AsyncClient, HealthStatus, UnavailableError
+from tests.e2e.conftest import Launch
+from tests.e2e.processes import PATIENCE, TINY, end, spawn, worker_of
+from tests.e2e.test_worker_death import health_when
+
+FLAGS = (*TINY, "--num-pages", "1000", "--drain-window", "0.7")
+TOKENS = 1200
+
+
+async def test_a_drain_cuts_no_stream(launch_server: Launch) -> None:
+    server = launch_server(*FLAGS)
+    async with AsyncClient(server.target, retry=NO_RETRY) as client:
+        running = client.stream("x", max_new_tokens=TOKENS, ignore_end_of_text=True)
+        await anext(running)
+        server.process.send_signal(signal.SIGTERM)
+        await health_when(client, HealthStatus.NOT_SERVING, 1)
+        # Balancers need a moment to notice: calls that still come are taken.
+        late = await client.generate("y", max_new_tokens=5, ignore_end_of_text=True)
+        assert late.usage.completion_tokens == 5
+        await asyncio.sleep(0.9)
+        with pytest.raises(UnavailableError, match=r"^the server is shutting down$"):
+            await client.generate("z")
+        assert (await client.load()).draining
+        assert running.finished is None
+        answer = await running.result()
+        assert answer.usage.completion_tokens == len(answer.token_ids) == TOKENS
+    assert server.process.wait(PATIENCE) == 0
+
+
+async def test_a_drain_ends_after_its_grace(launch_server: Launch) -> None:
+    server = launch_server(*FLAGS, "--drain-window", "0", "--drain-grace", "0.2")
+    async with AsyncClient(server.target, retry=NO_RETRY) as client:
+        running = client.stream("x", max_new_tokens=3000, ignore_end_of_text=True)
+        await anext(running)
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(UnavailableError):
+            await running.result()
+    assert server.process.wait(10) == 0
+
+
+def test_it_can_be_stopped_while_it_starts(tmp_path: Path) -> None:
+    front = spawn((*TINY, "--port", "0"), tmp_path / "log")
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not psutil.Process(front.pid).children():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        worker = worker_of(front.pid)
+        front.send_signal(signal.SIGTERM)
+        assert front.wait(5) == 0
+        assert not worker.is_running()
+    finally:
+        end(front)
+    assert "Traceback" not in (tmp_path / "log").read_text()

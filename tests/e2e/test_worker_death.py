@@ -1,0 +1,87 @@
+"""Processes that are killed: the worker, and the front before its worker."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import psutil
+import pytest
+
+from d2o_client import NO_RETRY, AsyncClient, AsyncStream, HealthStatus, UnavailableError
+from tests.e2e.conftest import Launch
+from tests.e2e.processes import PATIENCE, TINY, ServerProcess, end, spawn, worker_of
+
+FLAGS = (*TINY, "--num-pages", "1000", "--drain-window", "30")
+
+
+async def stream_that_runs(client: AsyncClient) -> AsyncStream:
+    stream = client.stream("x", max_new_tokens=3000, ignore_end_of_text=True)
+    await anext(stream)
+    return stream
+
+
+async def health_when(client: AsyncClient, wanted: HealthStatus, seconds: float = PATIENCE) -> float:
+    """Seconds until the server's health is ``wanted``."""
+    began = time.monotonic()
+    async with asyncio.timeout(seconds):
+        while await client.health() is not wanted:
+            await asyncio.sleep(0.02)
+    return time.monotonic() - began
+
+
+async def test_a_killed_worker_is_replaced_and_only_its_streams_are_lost(launch_server: Launch) -> None:
+    server = launch_server(*FLAGS)
+    async with AsyncClient(server.target, retry=NO_RETRY) as client:
+        running = await stream_that_runs(client)
+        queued = asyncio.ensure_future(client.generate("y" * 3500, max_new_tokens=500))
+        await asyncio.sleep(0.05)
+        server.worker().kill()
+        for lost in (running.result(), queued):
+            with pytest.raises(UnavailableError, match=r"^the worker that ran the request died; try again$"):
+                await lost
+        await health_when(client, HealthStatus.NOT_SERVING, 1)
+        with pytest.raises(UnavailableError, match=r"^no worker is serving at the moment; it is being restarted$"):
+            await client.generate("x")
+        # One that dies again, before it has connected, is replaced as well.
+        await kill_the_next_worker(server)
+        await health_when(client, HealthStatus.SERVING)
+        assert (await client.generate("x", max_new_tokens=9, ignore_end_of_text=True)).usage.completion_tokens == 9
+    # Nothing runs, so that the drain window is not waited for.
+    began = time.monotonic()
+    assert server.terminate() == 0
+    assert time.monotonic() - began < 5
+    assert "worker 0: its process ended with status -9" in server.log.read_text()
+
+
+async def kill_the_next_worker(server: ServerProcess) -> None:
+    front = psutil.Process(server.process.pid)
+    async with asyncio.timeout(5):
+        while not (started := front.children()):
+            await asyncio.sleep(0.01)
+    started[0].kill()
+
+
+async def test_a_worker_goes_with_its_front(launch_server: Launch) -> None:
+    server = launch_server(*FLAGS)
+    worker = server.worker()
+    async with AsyncClient(server.target, retry=NO_RETRY) as client:
+        stream = await stream_that_runs(client)
+        server.process.kill()
+        with pytest.raises(UnavailableError):
+            await stream.result()
+    worker.wait(5)
+
+
+def test_a_worker_that_is_still_loading_goes_with_its_front(tmp_path_factory: pytest.TempPathFactory) -> None:
+    front = spawn((*TINY, "--port", "0"), tmp_path_factory.mktemp("server") / "log")
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not psutil.Process(front.pid).children():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        worker = worker_of(front.pid)
+        front.kill()
+        worker.wait(8)
+    finally:
+        end(front)

@@ -1,0 +1,246 @@
+"""Workers as real processes: how they start, die and are replaced, who gets a request and who has to wait."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from d2o.config import D2OConfig, Policy
+from d2o_server.engine.dispatcher import Dispatcher
+from d2o_server.engine.messages import Admitted, Ended, Failed, NewToken, Submit, WorkerSettings
+from d2o_server.engine.types import SamplingParams
+from d2o_server.engine.worker_client import Ticket, TicketEvent, Worker
+from d2o_server.errors import Overloaded, SettingsError, StartupError, Unavailable
+from d2o_server.settings import worker_settings
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+IDS = map(str, itertools.count())
+PAGES = 90
+# Three layers' pages of 32 slots: more than half of the pool, so that two do not fit at once.
+BIG = 3 * -(-(10 + 600) // 32)
+
+
+def settings(**changes: object) -> WorkerSettings:
+    tiny: dict[str, object] = {"model": "random:tiny-llama", "dtype": "float32", "threads": 1, "num_pages": PAGES}
+    return worker_settings(**(tiny | {"check_integrity": True} | changes))
+
+
+def silent(_: str) -> None:
+    """Progress that nobody wants to see."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def workers() -> AsyncIterator[list[Worker]]:
+    both = [Worker(index, settings(), silent) for index in range(2)]
+    await asyncio.gather(*(worker.start() for worker in both))
+    yield both
+    await asyncio.gather(*(worker.stop() for worker in both))
+
+
+@pytest.fixture
+def dispatcher(workers: list[Worker]) -> Iterator[Dispatcher]:
+    """Both workers, behind a queue of one request or 50 prompt tokens."""
+    made = Dispatcher(workers, max_waiting=1, max_waiting_tokens=50)
+    yield made
+    for worker in workers:
+        for ticket in list(worker.tickets.values()):
+            made.release(ticket)
+
+
+def request(new_tokens: int, prompt: int = 10) -> Submit:
+    return Submit(
+        id=next(IDS),
+        prompt=tuple(range(prompt)),
+        sampling=SamplingParams(ignore_end_of_text=True),
+        seed=0,
+        config=D2OConfig(policy=Policy.NONE),
+        end_ids=(),
+        max_new_tokens=new_tokens,
+    )
+
+
+async def events(ticket: Ticket) -> list[TicketEvent]:
+    """All that comes of a request."""
+    came: list[TicketEvent] = []
+    async with asyncio.timeout(60):
+        while not came or not isinstance(came[-1], (Ended, Failed)):
+            came.append(await ticket.events.get())
+    return came
+
+
+async def until_idle(worker: Worker) -> None:
+    async with asyncio.timeout(5):
+        while worker.pool is None or worker.pool.reserved or worker.tickets:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_request_is_admitted_generates_and_ends(dispatcher: Dispatcher) -> None:
+    ticket = dispatcher.submit(request(5), 3)
+    assert ticket.waiting
+    came = await events(ticket)
+    assert [type(event) for event in came] == [Admitted, *[NewToken] * 5, Ended]
+    assert not ticket.waiting
+    assert ticket.done
+    dispatcher.release(ticket)
+    assert (dispatcher.running, dispatcher.waiting) == (0, [])
+
+
+async def test_requests_that_come_at_once_are_spread_over_workers(dispatcher: Dispatcher) -> None:
+    tickets = [dispatcher.submit(request(20), 3) for _ in range(8)]
+    assert [sum(ticket.worker is worker for ticket in tickets) for worker in dispatcher.workers] == [4, 4]
+    await asyncio.gather(*map(events, tickets))
+
+
+async def test_a_request_goes_to_the_worker_that_has_room(dispatcher: Dispatcher) -> None:
+    big = dispatcher.submit(request(600), BIG)
+    others = [dispatcher.submit(request(5), 3) for _ in range(4)]
+    assert all(ticket.worker is not big.worker for ticket in others)
+    await asyncio.gather(*map(events, others))
+
+
+async def test_only_what_does_not_fit_counts_against_the_queue(dispatcher: Dispatcher) -> None:
+    small = [dispatcher.submit(request(2), 3) for _ in range(20)]
+    await asyncio.gather(*map(events, small))
+    running = [dispatcher.submit(request(600), BIG) for _ in range(2)]
+    waits = dispatcher.submit(request(600), BIG)
+    with pytest.raises(Overloaded, match=r"^the queue is full \(1 requests wait\); try again in \d+ ms$") as full:
+        dispatcher.submit(request(600), BIG)
+    assert 100 <= full.value.retry_after_ms <= 30_000
+    beside = dispatcher.submit(request(2), 3)
+    assert [ticket.queued for ticket in (*running, waits, beside)] == [False, False, True, False]
+    await events(beside)
+    for ticket in running:
+        dispatcher.release(ticket)
+    assert isinstance((await events(waits))[-1], Ended)
+
+
+async def test_a_queue_may_hold_one_prompt_of_any_length_but_not_two(workers: list[Worker]) -> None:
+    dispatcher = Dispatcher(workers, max_waiting=10, max_waiting_tokens=50)
+    tickets = [dispatcher.submit(request(600), BIG) for _ in range(2)]
+    tickets.append(dispatcher.submit(request(500, prompt=110), BIG))
+    with pytest.raises(Overloaded, match=r"^the queue is full \(110 prompt tokens wait\)"):
+        dispatcher.submit(request(600), BIG)
+    for ticket in tickets:
+        dispatcher.release(ticket)
+    await asyncio.gather(*map(until_idle, workers))
+
+
+async def test_the_pause_follows_how_fast_requests_end_and_not_how_long_nobody_came(workers: list[Worker]) -> None:
+    now = 1000.0
+    dispatcher = Dispatcher(workers, max_waiting=1, max_waiting_tokens=50, clock=lambda: now)
+    for _ in range(30):
+        now += 3600
+        ticket = dispatcher.submit(request(1), 3)
+        now += 0.5
+        await events(ticket)
+        dispatcher.release(ticket)
+    tickets = [dispatcher.submit(request(600), BIG) for _ in range(3)]
+    with pytest.raises(Overloaded) as full:
+        dispatcher.submit(request(600), BIG)
+    assert 200 <= full.value.retry_after_ms <= 300
+    for ticket in tickets:
+        dispatcher.release(ticket)
+    await asyncio.gather(*map(until_idle, workers))
+
+
+async def test_what_is_released_early_is_cancelled_in_the_worker(dispatcher: Dispatcher) -> None:
+    ticket = dispatcher.submit(request(600), BIG)
+    async with asyncio.timeout(5):
+        assert isinstance(await ticket.events.get(), Admitted)
+    dispatcher.release(ticket)
+    await until_idle(ticket.worker)
+
+
+async def test_a_stop_string_ends_a_request_as_finished(dispatcher: Dispatcher) -> None:
+    ticket = dispatcher.submit(request(600), BIG)
+    async with asyncio.timeout(5):
+        while not isinstance(await ticket.events.get(), NewToken):
+            pass
+    dispatcher.stop_string(ticket)
+    last = (await events(ticket))[-1]
+    assert isinstance(last, Ended)
+    assert last.reason == "stop"
+
+
+def kill(worker: Worker) -> None:
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+
+
+async def until_serving(worker: Worker) -> None:
+    async with asyncio.timeout(60):
+        while not worker.serving:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_worker_that_dies_loses_its_requests_and_comes_back() -> None:
+    worker = Worker(0, settings(), silent)
+    await worker.start()
+    dispatcher = Dispatcher([worker], max_waiting=5, max_waiting_tokens=1000)
+    running, waiting = dispatcher.submit(request(600), BIG), dispatcher.submit(request(600), BIG)
+    kill(worker)
+    # Its death is not known yet: what is sent now must neither block nor be forgotten.
+    await asyncio.sleep(0)
+    unaware = dispatcher.submit(request(5), 3)
+    for ticket in (running, waiting, unaware):
+        last = (await events(ticket))[-1]
+        assert isinstance(last, Failed)
+        assert last.error == "WorkerDied"
+    with pytest.raises(Unavailable, match=r"^no worker is serving at the moment"):
+        dispatcher.submit(request(5), 3)
+    assert (worker.free_pages, dispatcher.waiting, dispatcher.running) == (0, [], 0)
+    # The next one dies before it has connected.
+    async with asyncio.timeout(10):
+        while worker.pid is None:
+            await asyncio.sleep(0.01)
+    kill(worker)
+    await until_serving(worker)
+    assert isinstance((await events(dispatcher.submit(request(5), 3)))[-1], Ended)
+    assert worker.restarts >= 2
+    # Stopping ends what still runs, too.
+    cut = dispatcher.submit(request(600), BIG)
+    began = time.monotonic()
+    await worker.stop()
+    assert time.monotonic() - began < 5
+    assert isinstance((await events(cut))[-1], Failed)
+    assert worker.pid is None
+
+
+async def test_a_worker_that_dies_while_it_starts_is_reported() -> None:
+    worker = Worker(3, settings(), silent)
+    starting = asyncio.ensure_future(worker.start())
+    async with asyncio.timeout(10):
+        while worker.pid is None:
+            await asyncio.sleep(0.01)
+    kill(worker)
+    with pytest.raises(StartupError, match=r"^worker 3 did not start: its process ended with status -9, perhaps for"):
+        await asyncio.wait_for(starting, 5)
+    await worker.stop()
+
+
+async def test_a_worker_that_refuses_to_start_says_why() -> None:
+    told: list[str] = []
+    worker = Worker(0, settings(num_pages=2), told.append)
+    with pytest.raises(SettingsError, match=r"^num_pages: got 2, allowed is at least 3 \(a page for every layer of"):
+        await worker.start()
+    assert told == ["loading random:tiny-llama as float32 on cpu"]
+    await worker.stop()
+    assert worker.pid is None
+
+
+async def test_a_socket_folder_that_cannot_be_used_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("a" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    worker = Worker(0, settings(), silent)
+    with pytest.raises(StartupError, match=r"^worker 0 did not start: .*, set TMPDIR to another folder"):
+        await asyncio.wait_for(worker.start(), 5)
+    await worker.stop()

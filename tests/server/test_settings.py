@@ -1,0 +1,101 @@
+"""Flags and variables become settings, or one message that names what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d2o.config import Policy
+from d2o_server.__main__ import main
+from d2o_server.errors import SettingsError
+from d2o_server.settings import Settings, from_arguments
+
+
+def read(*arguments: str, **variables: str) -> Settings:
+    return from_arguments(arguments, {f"D2O_SERVE_{name}": value for name, value in variables.items()})
+
+
+def test_the_defaults_serve_the_default_model_on_the_loopback_address() -> None:
+    settings = read()
+    assert (settings.worker.model, settings.worker.dtype, settings.worker.device) == (
+        "smollm2-135m-instruct",
+        "bfloat16",
+        "cpu",
+    )
+    assert (settings.listen.host, settings.listen.port) == ("127.0.0.1", 50051)
+    compression = settings.compression
+    assert (compression.policy, compression.ratio, compression.min_budget) == (Policy.D2O, 0.4, 1024)
+
+
+def test_flags_are_read() -> None:
+    settings = read("--compression", "snapkv", "--budget-tokens", "512", "--num-pages", "99", "--no-reflection")
+    assert (settings.compression.policy, settings.compression.budget_tokens) == (Policy.SNAPKV, 512)
+    assert settings.worker.num_pages == 99
+    assert not settings.listen.reflection
+
+
+def test_variables_stand_in_for_flags_and_flags_win() -> None:
+    settings = read("--port", "1", PORT="2", NUM_PAGES="7", CHECK_INTEGRITY="true", TLS_KEY="k.pem", LOG_LEVEL="debug")
+    assert settings.listen.port == 1
+    assert settings.worker.num_pages == 7
+    assert settings.worker.check_integrity
+    assert settings.listen.tls_key == Path("k.pem")
+    assert settings.log_level == "DEBUG"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--page-size 33", "page_size: got 33, allowed is a power of two up to 256"),
+        ("--page-size 0", "page_size: got 0, allowed is at least 1"),
+        ("--threads 0", "threads: got 0, allowed is at least 1"),
+        ("--num-pages 0", "num_pages: got 0, allowed is at least 1"),
+        ("--max-model-len 0", "max_model_len: got 0, allowed is at least 1"),
+        ("--max-sequences 0", "max_sequences: got 0, allowed is at least 1"),
+        ("--prefill-tokens -1", "prefill_tokens: got -1, allowed is at least 1"),
+        ("--memory-fraction nan", "memory_fraction: got nan, allowed is (0, 1]"),
+        ("--memory-fraction 1.5", "memory_fraction: got 1.5, allowed is (0, 1]"),
+        ("--max-waiting 0", "max_waiting: got 0, allowed is at least 1"),
+        ("--max-waiting-tokens 0", "max_waiting_tokens: got 0, allowed is at least 1"),
+        ("--max-new-tokens 0", "default_max_new_tokens: got 0, allowed is at least 1"),
+        ("--drain-window -1", "drain_window: got -1.0, allowed is at least 0"),
+        ("--drain-grace nan", "drain_grace: got nan, allowed is at least 0"),
+        ("--rate-limit -1", "rate_limit: got -1, allowed is at least 0"),
+        ("--log-level loud", "log_level: got 'LOUD', allowed is DEBUG, INFO, WARNING, ERROR"),
+        ("--ratio 0", "compression.ratio: got 0.0, allowed is a number in (0, 1]"),
+        ("--score-queries some", "compression.score_queries: got 'some', allowed is 'all', 'last:W'"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named_with_what_is_allowed(flags: str, message: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        read(*flags.split())
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("COMPRESSION", "none, d2o, h2o"), ("DTYPE", "bfloat16, float16, float32"), ("REFLECTION", "true or false")],
+)
+def test_a_variable_is_held_to_its_flag_s_choices(name: str, allowed: str) -> None:
+    with pytest.raises(SettingsError, match=f"^D2O_SERVE_{name}: got 'nonsense', allowed is {allowed}"):
+        read(**{name: "nonsense"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--port 70000", "d2o-serve: port: got 70000, allowed is [0, 65535] (0 takes any free port)\n"),
+        ("--tls-certificate a.pem", "d2o-serve: tls_key: got nothing, allowed is a PEM file"),
+        ("--host 203.0.113.1", "d2o-serve: host, port: got 203.0.113.1:50051, allowed is an address of this machine"),
+        ("--model random:nonsense --port 0", "d2o-serve: model: got random:nonsense, allowed presets are tiny-llama"),
+        ("--model / --port 0", "d2o-serve: model: / has no config.json, a Hugging Face model folder is needed\n"),
+    ],
+)
+def test_what_cannot_be_served_ends_with_status_1_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    assert main(flags.split()) == 1
+    written = capsys.readouterr()
+    assert written.err.startswith(message)
+    assert (written.err.count("\n"), written.out) == (1, "")
