@@ -273,21 +273,22 @@ def _print(results: Sequence[dict[str, Any]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark, writes JSON and plot and prints a table."""
     parser = _cli.parser(__doc__ or "")
-    parser.add_argument("--pool-tokens", type=int, default=12_288, help="the pool, in tokens of the full cache")
-    parser.add_argument("--requests", type=int, default=24, help="requests of each policy, all submitted at once")
+    parser.add_argument("--pool-tokens", type=int, default=8192, help="the pool, in tokens of the full cache")
+    parser.add_argument("--requests", type=int, default=12, help="requests of each policy, all submitted at once")
     parser.add_argument("--prompt-tokens", type=int, default=4000)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.4, 0.2, 0.1], help="of d2o")
     parser.add_argument("--min-budget", type=int, default=64, help="least slots a layer, of d2o")
     parser.add_argument("--page-size", type=int, default=32)
     parser.add_argument("--prefill-tokens", type=int, default=512, help="most prompt tokens in one step of the server")
+    parser.add_argument("--name", default="concurrency", help="of the files that are written")
     parsed = parser.parse_args(arguments)
     # One more, which no measured request shares, warms the server up.
     prompts = make_prompts(parsed.model, count=parsed.requests + 1, tokens=parsed.prompt_tokens, text=parsed.text)
     result = asyncio.run(run(parsed, prompts))
-    path = _cli.write_json(parsed.out, "concurrency", result)
+    path = _cli.write_json(parsed.out, parsed.name, result)
     _print(result["policies"])
-    print(f"written: {path.name}, {plot_concurrency(parsed.out).name}")
+    print(f"written: {path.name}, {plot_concurrency(parsed.out, parsed.name).name}")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from benchmarks._cli import RESULTS
 _GREY, _BLUE, _INK = "#9aa0a6", "#2a6f97", "#202124"
 
 
-def plot_concurrency(folder: Path) -> Path:
-    """Draws ``folder/concurrency.png`` from ``folder/concurrency.json``: sequences at once and tokens a second."""
-    result = json.loads((folder / "concurrency.json").read_text())
+def plot_concurrency(folder: Path, name: str = "concurrency") -> Path:
+    """Draws ``folder/name.png`` from ``folder/name.json``: sequences at once and tokens a second."""
+    result = json.loads((folder / f"{name}.json").read_text())
     policies, settings = result["policies"], result["settings"]
     labels = [policy["label"] for policy in policies]
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -27,7 +27,7 @@ def plot_concurrency(folder: Path) -> Path:
     rates = [policy["output_tokens_per_second"] for policy in policies]
     _bars(right, labels, rates, "Output tokens/s, whole run", "{:.1f}")
     figure.suptitle(_title(settings, result["machine"]), fontsize=9, color=_INK)
-    path = folder / "concurrency.png"
+    path = folder / f"{name}.png"
     figure.savefig(path, dpi=150, metadata={"Software": None})
     return path
 

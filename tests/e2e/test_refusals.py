@@ -61,6 +61,11 @@ PARAMETERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+async def to_the_end(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
 async def assert_refused(call: Any, message: str) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await call
@@ -74,7 +79,7 @@ async def test_a_prompt_that_cannot_be_taken_is_refused(
 ) -> None:
     await assert_refused(stub.GenerateText(pb.GenerateTextRequest(prompt=prompt)), message)
     stream = stub.StreamGenerateText(pb.StreamGenerateTextRequest(prompt=prompt))
-    await assert_refused(stream.wait_for_connection(), message)
+    await assert_refused(to_the_end(stream), message)
     await assert_refused(stub.Tokenize(pb.TokenizeRequest(prompt=prompt)), message)
 
 
@@ -84,7 +89,7 @@ async def test_a_parameter_out_of_bounds_is_refused(
 ) -> None:
     await assert_refused(stub.GenerateText(pb.GenerateTextRequest(prompt=tokens(1), **fields)), message)
     stream = stub.StreamGenerateText(pb.StreamGenerateTextRequest(prompt=tokens(1), **fields))
-    await assert_refused(stream.wait_for_connection(), message)
+    await assert_refused(to_the_end(stream), message)
 
 
 async def test_a_prompt_as_long_as_the_context_leaves_no_room(client: AsyncClient) -> None:

@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -45,14 +45,15 @@ async def workers() -> AsyncIterator[list[Worker]]:
     await asyncio.gather(*(worker.stop() for worker in both))
 
 
-@pytest.fixture
-def dispatcher(workers: list[Worker]) -> Iterator[Dispatcher]:
+@pytest_asyncio.fixture(loop_scope="module")
+async def dispatcher(workers: list[Worker]) -> AsyncIterator[Dispatcher]:
     """Both workers, behind a queue of one request or 50 prompt tokens."""
     made = Dispatcher(workers, max_waiting=1, max_waiting_tokens=50)
     yield made
     for worker in workers:
         for ticket in list(worker.tickets.values()):
             made.release(ticket)
+        await until_idle(worker)
 
 
 def request(new_tokens: int, prompt: int = 10) -> Submit:
@@ -229,7 +230,7 @@ async def test_a_worker_that_dies_while_it_starts_is_reported() -> None:
 async def test_a_worker_that_refuses_to_start_says_why() -> None:
     told: list[str] = []
     worker = Worker(0, settings(num_pages=2), told.append)
-    with pytest.raises(SettingsError, match=r"^num_pages: got 2, allowed is at least 3 \(a page for every layer of"):
+    with pytest.raises(SettingsError, match=r"^num_pages: got 2, allowed is at least 3, which hold 6 tokens"):
         await worker.start()
     assert told == ["loading random:tiny-llama as float32 on cpu"]
     await worker.stop()
