@@ -77,7 +77,7 @@ class WorkerCore:
     def admit(self) -> StepReport | None:
         """Admits what fits; reports it before the step, which may take long and which somebody waits through."""
         self._admit()
-        return self._changes.report(self.pool_state()) if self._changes.admitted else None
+        return self._report() if self._changes.admitted else None
 
     def _admit(self) -> None:
         for sequence in self.scheduler.admit():
@@ -100,7 +100,11 @@ class WorkerCore:
             self._run(plan)
         if self._check_every_step or not self.scheduler:
             self.check_integrity()
-        return self._changes.report(self.pool_state())
+        return self._report()
+
+    def _report(self) -> StepReport:
+        changes, self._changes = self._changes, _Changes()
+        return changes.report(self.pool_state())
 
     def _run(self, plan: StepPlan) -> None:
         scored: set[int] = set()
@@ -211,7 +215,7 @@ class _Changes:
         return bool(self.admitted or self.tokens or self.ended or self.failed or self.cancelled)
 
     def report(self, pool: PoolState) -> StepReport:
-        report = StepReport(
+        return StepReport(
             pool=pool,
             admitted=tuple(self.admitted),
             tokens=tuple(self.tokens),
@@ -219,5 +223,3 @@ class _Changes:
             failed=tuple(self.failed),
             cancelled=tuple(self.cancelled),
         )
-        self.__init__()  # type: ignore[misc]
-        return report
