@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import baseline_cpu, concurrency, plot
+from benchmarks import attention_cpu, baseline_cpu, concurrency, plot
 from benchmarks._machine import Machine
 from benchmarks._prompts import make_prompts
 from benchmarks._server import Reply, check_complete
@@ -133,3 +133,27 @@ def test_tokens_that_arrive_together_are_one_arrival() -> None:
 def test_a_stream_that_was_cut_or_started_twice_fails_the_benchmark(wrong: dict[str, int]) -> None:
     with pytest.raises(RuntimeError, match="request 1: got"):
         check_complete([reply(1.0, queued=0.0, first=1.0), reply(1.0, queued=0.0, first=1.0, **wrong)], 3)
+
+
+def test_attention_cpu_times_every_contender(tmp_path: Path) -> None:
+    attention_cpu.main(
+        [
+            "--threads",
+            "1",
+            "--tokens",
+            "96",
+            "--sequences",
+            "2",
+            "--slots",
+            "40",
+            "--repeats",
+            "1",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    result = json.loads((tmp_path / "attention_cpu.json").read_text())
+    assert set(result["prefill_ms_a_layer"]["bfloat16"]) == {"flash_kernel", "tiles", "tiles_with_column_sums"}
+    assert set(result["decode_ms_a_layer"]) == {"default_malloc", "raised_thresholds"}
+    figures = [*result["prefill_ms_a_layer"].values(), *result["decode_ms_a_layer"].values()]
+    assert all(value > 0 for part in figures for value in part.values())
