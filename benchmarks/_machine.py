@@ -7,7 +7,7 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ class Machine:
 
     cpu: str = field(default_factory=lambda: _cpu_model())
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    gpus: tuple[str, ...] = field(default_factory=lambda: _gpus())
     memory_gib: float = field(default_factory=lambda: _memory_gib())
     system: str = field(default_factory=lambda: f"{platform.system()} {platform.machine()}")
     python: str = field(default_factory=platform.python_version)
-    packages: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
+    packages: dict[str, str] = field(default_factory=lambda: {name: _version(name) for name in _PACKAGES})
     commit: str = field(default_factory=lambda: _commit())
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
@@ -39,6 +40,23 @@ def _cpu_model() -> str:
         return platform.processor() or "unknown"
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or "unknown")
+
+
+def _gpus() -> tuple[str, ...]:
+    """Each GPU's name; none where there is no driver."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ()
+    return tuple(line.strip() for line in done.stdout.splitlines())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _memory_gib() -> float:

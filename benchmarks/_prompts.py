@@ -46,6 +46,11 @@ def make_prompts(model: str, *, count: int, tokens: int, text: Path | None = Non
     raise ValueError(f"text: got {len(ids)} tokens, needed are {count} prompts of {tokens} tokens")
 
 
+def special_ids(model: str) -> tuple[int, ...]:
+    """The ids of the model's special tokens, which no text contains."""
+    return tuple(sorted(_tokenizer(model).special_ids))
+
+
 def _tokenizer(model: str) -> Tokenizer:
     source = resolve(model)
     if source.preset is not None:

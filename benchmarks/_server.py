@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import IO
+from pathlib import Path
 
 from d2o_client import NO_RETRY, AsyncClient, AsyncStream, Compression, Finished, Started
 
@@ -26,14 +26,35 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return inherited | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **extra}
 
 
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that listens on ``target``, and its front process."""
+
+    target: str
+    pid: int
+
+    def front_cpu_seconds(self) -> float:
+        """Processor time that the front process has taken so far; its workers' is not in it."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
 def running_server(*flags: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Starts ``d2o-serve`` on a free port of this machine and yields ``host:port`` once it listens.
+    """As :func:`server_process`, for those who need ``host:port`` only."""
+    with server_process(*flags, environment=environment) as server:
+        yield server.target
 
-    ``environment`` is added to the process's own.
+
+@contextmanager
+def server_process(*flags: str, environment: Mapping[str, str] | None = None) -> Iterator[RunningServer]:
+    """Starts ``d2o-serve`` on a free port of this machine and yields it once it listens.
+
+    ``environment`` is added to the process's own. Where the scope is left by an exception what the server wrote goes to
+    our own standard error.
 
     Raises:
-        RuntimeError: it did not start; the message holds what it wrote.
+        RuntimeError: it did not start.
     """
     command = [sys.executable, "-m", "d2o_server", "--port", "0", "--log-level", "WARNING", *flags]
     with tempfile.TemporaryFile("w+") as errors:
@@ -41,17 +62,20 @@ def running_server(*flags: str, environment: Mapping[str, str] | None = None) ->
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=child_environment(environment or {})
         )
         try:
-            yield _listening(process, errors)
+            yield RunningServer(_listening(process), process.pid)
+        except BaseException:
+            errors.seek(0)
+            sys.stderr.write(errors.read())
+            raise
         finally:
             _stop(process)
 
 
-def _listening(process: subprocess.Popen[str], errors: IO[str]) -> str:
+def _listening(process: subprocess.Popen[str]) -> str:
     line = process.stdout.readline() if process.stdout is not None else ""
     if not line:
         process.wait()
-        errors.seek(0)
-        raise RuntimeError(f"the server did not start:\n{errors.read()}")
+        raise RuntimeError("the server did not start; it says why above")
     return line.split()[-1]
 
 
@@ -125,9 +149,12 @@ class ClosedSet:
         """Streams that have started and not finished, as of now."""
         return sum(follower.running for follower in self._followers)
 
-    async def run(self) -> list[Reply]:
-        """Submits all and reads them to their end, in order of the prompts."""
-        began = time.perf_counter()
+    async def run(self, began: float | None = None) -> list[Reply]:
+        """Submits all and reads them to their end, in order of the prompts.
+
+        ``began`` is the reading of ``time.monotonic``, one clock for all processes, that times count from; now if None.
+        """
+        began = time.monotonic() if began is None else began
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(follower.read(began)) for follower in self._followers]
         return [task.result() for task in tasks]
@@ -154,7 +181,7 @@ class _Follower:
         times: list[float] = []
         async with self._stream:
             async for chunk in self._stream:
-                times += [time.perf_counter() - began] * len(chunk.token_ids)
+                times += [time.monotonic() - began] * len(chunk.token_ids)
                 self._observe()
             generation = await self._stream.result()
         return Reply(

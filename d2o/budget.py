@@ -22,19 +22,19 @@ def density(colsums: Tensor, config: D2OConfig) -> Tensor:
     layer's heads, averaged; in [0, 1]. ``variance``: the logarithm of the heads' mean variance. ``uniform``: 0.
 
     Args:
-        colsums: ``[heads, tokens]`` float32, attention received by each token.
+        colsums: ``[..., heads, tokens]`` float32, attention received by each token.
         config: names the rule.
 
     Returns:
-        A float32 scalar; a single token has no variance.
+        ``[...]`` float32; a single token has no variance.
     """
     if config.layer_budgets is LayerBudgets.UNIFORM:
-        return colsums.new_zeros(())
+        return colsums.new_zeros(colsums.shape[:-2])
     variance = colsums.float().var(-1, correction=min(1, colsums.shape[-1] - 1))
     if config.layer_budgets is LayerBudgets.VARIANCE:
-        return variance.mean().clamp_min(_SMALLEST_VARIANCE).log()
-    low, high = variance.aminmax()
-    return ((variance - low) / (high - low + _RANGE_SLACK)).mean()
+        return variance.mean(-1).clamp_min(_SMALLEST_VARIANCE).log()
+    low, high = variance.aminmax(dim=-1, keepdim=True)
+    return ((variance - low) / (high - low + _RANGE_SLACK)).mean(-1)
 
 
 def weights(densities: Sequence[float], config: D2OConfig) -> list[float]:

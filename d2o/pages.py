@@ -17,12 +17,15 @@ class PoolExhausted(RuntimeError):
 class PagePool:
     """Keys, values and bookkeeping of all cached tokens, by page.
 
+    What tokens are is on the device; how many there are and which page is whose are integers of the host, so that
+    nobody waits for a device to learn them.
+
     Shapes:
-        k, v: [pages, kv_heads, page_size, head_dim], model dtype.
-        score: [pages, kv_heads, page_size] float32, attention the slot has received.
-        position: [pages, kv_heads, page_size] int32, logical position of the slot's token.
-        bias: [pages, kv_heads, page_size] float32, added to the slot's attention logit.
-        block_table: [layers, rows, pages_per_row] int64; used, held: [layers, rows] int64 (slots, pages).
+        k, v: [pages, kv_heads, page_size, head_dim], model dtype, on the device.
+        score: [pages, kv_heads, page_size] float32, attention the slot has received, on the device.
+        position: [pages, kv_heads, page_size] int32, logical position of the slot's token, on the device.
+        bias: [pages, kv_heads, page_size] float32, added to the slot's attention logit, on the device.
+        block_table: [layers, rows, pages_per_row] int64; used, held: [layers, rows] int64 (slots, pages); on the host.
     """
 
     def __init__(
@@ -37,26 +40,35 @@ class PagePool:
         max_slots: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        mirrored: bool = False,
     ) -> None:
+        """Args:
+        max_slots: most slots of a row.
+        mirrored: kernels read a copy of the block table on the device; :meth:`take_changes` says what it lacks. They
+            mask what lies beyond a row's slots, so that pages need not be cleared when they change hands. There is
+            one page more, number ``num_pages``, which is nobody's: what pads a batch is written there.
+        """
         for name, given in (("num_pages", num_pages), ("page_size", page_size), ("rows", rows)):
             if given < 1:
                 raise ValueError(f"{name}: got {given}, allowed is at least 1")
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
         self.page_size, self.num_pages = page_size, num_pages
-        slots = (num_pages, kv_heads, page_size)
+        slots = (num_pages + mirrored, kv_heads, page_size)
         self.k = torch.zeros(*slots, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.score = torch.zeros(slots, dtype=torch.float32, device=device)
         self.position = torch.zeros(slots, dtype=torch.int32, device=device)
         self.bias = torch.zeros(slots, dtype=torch.float32, device=device)
         pages_per_row = -(-max_slots // page_size)
-        self.block_table = torch.zeros(layers, rows, pages_per_row, dtype=torch.int64, device=device)
-        self.used = torch.zeros(layers, rows, dtype=torch.int64, device=device)
-        self.held = torch.zeros(layers, rows, dtype=torch.int64, device=device)
-        self._free = torch.arange(num_pages - 1, -1, -1, dtype=torch.int64, device=device)
+        self.block_table = torch.zeros(layers, rows, pages_per_row, dtype=torch.int64)
+        self.used = torch.zeros(layers, rows, dtype=torch.int64)
+        self.held = torch.zeros(layers, rows, dtype=torch.int64)
+        self._free = torch.arange(num_pages - 1, -1, -1, dtype=torch.int64)
         self.free_pages = num_pages
         self._free_rows = list(range(rows - 1, -1, -1))
-        self._heads = torch.arange(kv_heads, device=device)
+        self._heads = torch.arange(kv_heads)
+        self._mirrored = mirrored
+        self._changes: list[tuple[Tensor, Tensor]] = []
 
     @staticmethod
     def bytes_per_page(kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
@@ -84,7 +96,7 @@ class PagePool:
     def close_row(self, row: int) -> None:
         """Gives the row and all of its pages back."""
         self.used[:, row] = 0
-        self.release(torch.arange(self.layers, device=self.device), torch.full((self.layers,), row, device=self.device))
+        self.release(torch.arange(self.layers), torch.full((self.layers,), row))
         self._free_rows.append(row)
 
     def row_pages(self, row: int) -> int:
@@ -94,8 +106,8 @@ class PagePool:
     def grow(self, rows: Tensor, counts: Tensor) -> None:
         """Makes room for ``counts[i]`` more slots in every layer of ``rows[i]`` (both [n] int64).
 
-        The caller fills them in order; what its last page has beyond them is 0, because attention reads whole pages and
-        a mask does not hide a NaN that a former owner left.
+        The caller fills them in order; unless the pool is mirrored, what its last page has beyond them is 0, because
+        torch's attention reads whole pages and a mask does not hide a NaN that a former owner left.
 
         Raises:
             PoolExhausted: nothing is changed.
@@ -111,14 +123,26 @@ class PagePool:
         self.free_pages -= total
         layer, column = missing.nonzero(as_tuple=True)
         count = missing[layer, column]
-        owner = torch.arange(count.numel(), device=self.device).repeat_interleave(count)
-        nth = torch.arange(total, device=self.device) - (count.cumsum(0) - count)[owner]
+        owner = torch.arange(count.numel()).repeat_interleave(count)
+        nth = torch.arange(total) - (count.cumsum(0) - count)[owner]
         layer, row = layer[owner], rows[column[owner]]
-        self.block_table[layer, row, self.held[layer, row] + nth] = pages
+        place = self.held[layer, row] + nth
+        self.block_table[layer, row, place] = pages
         self.held[:, rows] += missing
+        if self._mirrored:
+            _, width, depth = self.block_table.shape
+            self._changes.append(((layer * width + row) * depth + place, pages))
+            return
         last = pages[(count.cumsum(0) - 1)]
         for store in (self.k, self.v, self.bias):
             store.index_fill_(0, last, 0)
+
+    def take_changes(self) -> tuple[Tensor, Tensor]:
+        """Flat indices into the block table [n] and the pages that stand there now [n], since the last call."""
+        changes, self._changes = self._changes, []
+        if not changes:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        return torch.cat([index for index, _ in changes]), torch.cat([pages for _, pages in changes])
 
     def release(self, layers: Tensor, rows: Tensor) -> None:
         """Gives back the pages that the ``used`` slots of unique (layer, row) pairs ([n] int64 each) leave empty."""
@@ -127,8 +151,8 @@ class PagePool:
         total = int(spare.sum())
         if total == 0:
             return
-        owner = torch.arange(spare.numel(), device=self.device).repeat_interleave(spare)
-        nth = torch.arange(total, device=self.device) - (spare.cumsum(0) - spare)[owner]
+        owner = torch.arange(spare.numel()).repeat_interleave(spare)
+        nth = torch.arange(total) - (spare.cumsum(0) - spare)[owner]
         pages = self.block_table[layers[owner], rows[owner], keep[owner] + nth]
         self._free[self.free_pages : self.free_pages + total] = pages
         self.free_pages += total
@@ -150,7 +174,7 @@ class PagePool:
     def check_integrity(self) -> None:
         """Raises AssertionError unless free + owned = all pages, no page is owned twice and lengths fit."""
         free = self._free[: self.free_pages].tolist()
-        columns = torch.arange(self.block_table.shape[2], device=self.device)
+        columns = torch.arange(self.block_table.shape[2])
         owned = self.block_table[columns < self.held[..., None]].tolist()
         every = sorted(free + owned)
         if every != list(range(self.num_pages)):

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import attention_cpu, baseline_cpu, concurrency, plot
+from benchmarks import attention_cpu, baseline_cpu, concurrency, front, plot, throughput
+from benchmarks._load import Load
 from benchmarks._machine import Machine
 from benchmarks._prompts import make_prompts
 from benchmarks._server import Reply, check_complete
@@ -157,3 +158,66 @@ def test_attention_cpu_times_every_contender(tmp_path: Path) -> None:
     assert set(result["decode_ms_a_layer"]) == {"default_malloc", "raised_thresholds"}
     figures = [*result["prefill_ms_a_layer"].values(), *result["decode_ms_a_layer"].values()]
     assert all(value > 0 for part in figures for value in part.values())
+
+
+def test_throughput_compares_every_workload_and_policy_with_vllm(tmp_path: Path) -> None:
+    size = ("--workloads", "512+256", "--scale", "0.01", "--client-processes", "2", "--warm-up", "1")
+    server = "--device cpu --prefill-tokens 512 --page-size 16"
+    throughput.main([*TINY, *size, "--server-flags", server, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "throughput.json").read_text())
+    assert result["settings"]["page_size"] == 16
+    (workload,) = result["workloads"]
+    assert (workload["name"], workload["vllm"]) == ("512+256", 10069)
+    none, d2o = workload["runs"]
+    assert (none["policy"], d2o["policy"]) == ("none", "d2o")
+    for run in (none, d2o):
+        assert run["requests"] == run["at_once"] == 6
+        assert run["output_tokens_per_second"] == pytest.approx(6 * 256 / run["seconds"])
+        assert run["over_vllm"] == pytest.approx(run["output_tokens_per_second"] / 10069)
+        assert run["total_tokens_per_second"] == pytest.approx(3 * run["output_tokens_per_second"])
+        assert run["ttft_seconds"]["p50"] <= run["ttft_seconds"]["p99"] < run["seconds"]
+        # Six sequences in three layers, 48 pages each.
+        assert 0 < run["peak_pages_in_use"] <= 6 * 3 * 48
+        assert run["front_busy"] > 0
+    # A budget of at least 1,024 covers 768 tokens.
+    assert d2o["mean_ratio_reached"] == 1.0
+
+
+def load(requests: int, seed: int = 0) -> Load:
+    return Load(
+        target="",
+        requests=requests,
+        prompt_tokens=50,
+        new_tokens=1,
+        compression={},
+        vocabulary_size=8,
+        excluded=(0, 5),
+        seed=seed,
+    )
+
+
+def test_random_prompts_do_not_depend_on_how_many_processes_send_them() -> None:
+    parts = load(7).split(3)
+    assert [part.requests for part in parts] == [3, 2, 2]
+    assert [ids for part in parts for ids in part.prompts()] == load(7).prompts() != load(7, seed=1).prompts()
+    assert len(load(2).split(5)) == 2
+
+
+def test_random_prompts_leave_out_special_tokens() -> None:
+    assert {token for ids in load(20).prompts() for token in ids} == {1, 2, 3, 4, 6, 7}
+
+
+def test_front_measures_the_engine_alone_and_behind_grpc(tmp_path: Path) -> None:
+    front.main(["--streams", "6", "--tokens", "20", "--step-seconds", "0.01", "0", "--out", str(tmp_path)])
+    paces = json.loads((tmp_path / "front.json").read_text())["paces"]
+    assert [(pace["path"], pace["step_seconds"]) for pace in paces] == [
+        ("engine", 0.01),
+        ("grpc", 0.01),
+        ("engine", 0.0),
+        ("grpc", 0.0),
+    ]
+    for pace in paces:
+        assert pace["tokens"] == 6 * 20
+        assert 6 <= pace["messages"] <= pace["tokens"]
+        assert pace["cpu_us_per_token"] > 0
+    assert all(pace["seconds"] > 18 * 0.01 for pace in paces[:2])

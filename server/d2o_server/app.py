@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 from d2o_server.engine.admission import EngineDefaults
@@ -22,23 +23,25 @@ from d2o_server.settings import ListenSettings, Settings
 from d2o_server.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
+_COLLECTOR_THRESHOLDS = (50_000, 20, 20)
 Progress = Callable[[str], None]
 Started = TypeVar("Started")
 
 
 @asynccontextmanager
 async def running_engine(settings: Settings, progress: Progress) -> AsyncIterator[LocalEngine]:
-    """A started engine; its workers are gone when the scope is left.
+    """A started engine; its workers, which all started at once, are gone when the scope is left.
 
     Raises:
         StartupError: the model or the settings do not allow a start; the message says what to change.
     """
     source = await asyncio.to_thread(resolve, settings.worker.model, report=progress)
-    worker = Worker(0, settings.worker, progress, {"D2O_LOG_LEVEL": settings.log_level})
+    workers = _workers(settings, progress)
     try:
-        codec, _ = await asyncio.gather(asyncio.to_thread(_tokenizer, source), worker.start())
+        starting = asyncio.gather(*(worker.start() for worker in workers))
+        codec, _ = await asyncio.gather(asyncio.to_thread(_tokenizer, source), starting)
         limits = settings.limits
-        dispatcher = Dispatcher([worker], max_waiting=limits.max_waiting, max_waiting_tokens=limits.max_waiting_tokens)
+        dispatcher = Dispatcher(workers, max_waiting=limits.max_waiting, max_waiting_tokens=limits.max_waiting_tokens)
         engine = LocalEngine(
             model=settings.worker.model,
             dtype=settings.worker.dtype,
@@ -49,14 +52,34 @@ async def running_engine(settings: Settings, progress: Progress) -> AsyncIterato
                 sampling=SamplingParams(max_new_tokens=limits.default_max_new_tokens),
                 max_logprobs=limits.max_logprobs,
             ),
-            version=version("d2o-serve"),
+            version=_version(),
         )
         try:
             yield engine
         finally:
             await engine.close()
     finally:
-        await worker.stop()
+        await asyncio.gather(*(worker.stop() for worker in workers))
+
+
+def _workers(settings: Settings, progress: Progress) -> list[Worker]:
+    environment = {"D2O_LOG_LEVEL": settings.log_level}
+    return [
+        Worker(own.index, own, progress if settings.data_parallel == 1 else _numbered(progress, own.index), environment)
+        for own in settings.workers
+    ]
+
+
+def _numbered(progress: Progress, index: int) -> Progress:
+    return lambda text: progress(f"worker {index}: {text}")
+
+
+def _version() -> str:
+    """The distribution's version, "0" where a source tree runs that is not installed."""
+    try:
+        return version("d2o-serve")
+    except PackageNotFoundError:
+        return "0"
 
 
 def _tokenizer(source: ModelSource) -> Tokenizer:
@@ -84,11 +107,19 @@ async def serve(settings: Settings, progress: Progress, listening: Callable[[int
         if engine is None:
             return
         server = RpcServer(engine, rpc)
+        calm_garbage_collector()
         listening(await server.start())
         health = asyncio.create_task(_follow_health(engine, server))
         await stop.wait()
         health.cancel()
         await _drain(engine, server, settings)
+
+
+def calm_garbage_collector() -> None:
+    """Leaves what a start made out of every later collection, and collects seldom: a tenth of what a token costs."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECTOR_THRESHOLDS)
 
 
 async def _unless(stop: asyncio.Event, starting: Coroutine[Any, Any, Started]) -> Started | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from d2o_server.errors import SettingsError
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _ENVIRONMENT_PREFIX = "D2O_SERVE_"
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +55,10 @@ class ListenSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything, composed."""
+    """Everything, composed. ``worker`` is what all ``data_parallel`` workers have in common: see ``workers``."""
 
     worker: WorkerSettings
+    data_parallel: int = 1
     compression: D2OConfig = field(default_factory=D2OConfig)
     limits: LimitSettings = field(default_factory=LimitSettings)
     listen: ListenSettings = field(default_factory=ListenSettings)
@@ -64,6 +67,17 @@ class Settings:
     def __post_init__(self) -> None:
         if self.log_level not in _LOG_LEVELS:
             raise SettingsError(f"log_level: got {self.log_level!r}, allowed is {', '.join(_LOG_LEVELS)}")
+        _at_least("data_parallel", self.data_parallel, 1)
+        if self.data_parallel > 1 and self.worker.device.startswith("cuda:"):
+            raise SettingsError(
+                f"device: got {self.worker.device!r} for {self.data_parallel} workers, allowed is auto, cpu or cuda;"
+                " on cuda each worker takes the GPU of its own number"
+            )
+
+    @property
+    def workers(self) -> tuple[WorkerSettings, ...]:
+        """Each worker's own settings; threads and, on a CPU, memory are shared out among them."""
+        return tuple(self.worker.share(index, self.data_parallel) for index in range(self.data_parallel))
 
 
 def worker_settings(**changes: object) -> WorkerSettings:
@@ -75,26 +89,34 @@ def worker_settings(**changes: object) -> WorkerSettings:
     values: dict[str, object] = {
         "model": DEFAULT_MODEL,
         "dtype": "bfloat16",
-        "device": "cpu",
+        "device": "auto",
+        "index": 0,
         "threads": os.cpu_count() or 1,
         "page_size": 32,
         "num_pages": None,
         "memory_fraction": 0.5,
+        "gpu_memory_utilization": 0.9,
         "max_model_len": None,
         "max_sequences": 256,
-        "prefill_tokens": 512,
+        "prefill_tokens": None,
+        "graphs": True,
+        "compile": True,
+        "compile_cache": None,
         "check_integrity": False,
     }
     settings = WorkerSettings(**(values | changes))  # type: ignore[arg-type]
-    for name in ("threads", "page_size", "max_sequences", "prefill_tokens"):
+    if not _DEVICE.fullmatch(settings.device):
+        raise SettingsError(f"device: got {settings.device!r}, allowed is auto, cpu, cuda or cuda:N")
+    for name in ("threads", "page_size", "max_sequences"):
         _at_least(name, getattr(settings, name), 1)
-    for name in ("num_pages", "max_model_len"):
+    for name in ("num_pages", "max_model_len", "prefill_tokens"):
         if getattr(settings, name) is not None:
             _at_least(name, getattr(settings, name), 1)
     if settings.page_size & (settings.page_size - 1) or settings.page_size > 256:
         raise SettingsError(f"page_size: got {settings.page_size}, allowed is a power of two up to 256")
-    if not 0 < settings.memory_fraction <= 1:
-        raise SettingsError(f"memory_fraction: got {settings.memory_fraction}, allowed is (0, 1]")
+    for name in ("memory_fraction", "gpu_memory_utilization"):
+        if not 0 < getattr(settings, name) <= 1:
+            raise SettingsError(f"{name}: got {getattr(settings, name)}, allowed is (0, 1]")
     if settings.dtype not in ("bfloat16", "float16", "float32"):
         raise SettingsError(f"dtype: got {settings.dtype!r}, allowed is bfloat16, float16 or float32")
     return settings
@@ -120,13 +142,18 @@ def from_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         page_size=parsed.page_size,
         num_pages=parsed.num_pages,
         memory_fraction=parsed.memory_fraction,
+        gpu_memory_utilization=parsed.gpu_memory_utilization,
         max_model_len=parsed.max_model_len,
         max_sequences=parsed.max_sequences,
         prefill_tokens=parsed.prefill_tokens,
+        graphs=parsed.graphs,
+        compile=parsed.compile,
+        compile_cache=None if parsed.compile_cache is None else str(parsed.compile_cache),
         check_integrity=parsed.check_integrity,
     )
     return Settings(
         worker=worker,
+        data_parallel=parsed.data_parallel,
         compression=_compression(parsed),
         limits=LimitSettings(
             max_waiting=parsed.max_waiting,
@@ -169,6 +196,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _model_flags(parser)
+    _device_flags(parser)
     _compression_flags(parser)
     _serving_flags(parser)
     known = {action.dest: action for action in parser._actions if action.dest != "help"}
@@ -201,16 +229,32 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of model and cache"
     )
-    model.add_argument("--device", default="cpu", help="device of the worker; cpu so far")
-    model.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of the worker")
     model.add_argument("--page-size", type=int, default=32, help="slots a cache page")
-    model.add_argument("--num-pages", type=int, help="pages in the pool; default: what memory_fraction affords")
-    model.add_argument("--memory-fraction", type=float, default=0.5, help="share of free memory for the page pool")
+    model.add_argument("--num-pages", type=int, help="pages in a worker's pool; default: what its memory affords")
     model.add_argument("--max-model-len", type=int, help="most tokens of prompt and output; default: the model's")
     model.add_argument("--max-sequences", type=int, default=256, help="most sequences that run at once")
-    model.add_argument("--prefill-tokens", type=int, default=512, help="most prompt tokens in one step")
+    model.add_argument(
+        "--prefill-tokens", type=int, help="most prompt tokens in one step; default: 512 on a CPU, 8192 on a GPU"
+    )
     model.add_argument(
         "--check-integrity", action=argparse.BooleanOptionalAction, default=False, help="verify the pool at every step"
+    )
+
+
+def _device_flags(parser: argparse.ArgumentParser) -> None:
+    device = parser.add_argument_group("devices and workers")
+    device.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes GPUs where there are")
+    device.add_argument("--data-parallel", type=int, default=1, help="workers, each with the whole model; one a GPU")
+    device.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of all workers")
+    device.add_argument("--memory-fraction", type=float, default=0.5, help="CPU: share of free memory for page pools")
+    device.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.9, help="GPU: share of its memory for model and page pool"
+    )
+    switch = argparse.BooleanOptionalAction
+    device.add_argument("--graphs", action=switch, default=True, help="GPU: capture decode steps in CUDA graphs")
+    device.add_argument("--compile", action=switch, default=True, help="GPU: compile the model with torch.compile")
+    device.add_argument(
+        "--compile-cache", type=Path, help="GPU: folder of compiled code; default: ~/.cache/d2o-serve/compile"
     )
 
 

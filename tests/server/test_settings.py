@@ -21,8 +21,10 @@ def test_the_defaults_serve_the_default_model_on_the_loopback_address() -> None:
     assert (settings.worker.model, settings.worker.dtype, settings.worker.device) == (
         "smollm2-135m-instruct",
         "bfloat16",
-        "cpu",
+        "auto",
     )
+    assert (settings.worker.prefill_tokens, settings.worker.gpu_memory_utilization) == (None, 0.9)
+    assert (settings.worker.graphs, settings.worker.compile, settings.worker.compile_cache) == (True, True, None)
     assert (settings.listen.host, settings.listen.port) == ("127.0.0.1", 50051)
     compression = settings.compression
     assert (compression.policy, compression.ratio, compression.min_budget) == (Policy.D2O, 0.4, 1024)
@@ -33,6 +35,32 @@ def test_flags_are_read() -> None:
     assert (settings.compression.policy, settings.compression.budget_tokens) == (Policy.SNAPKV, 512)
     assert settings.worker.num_pages == 99
     assert not settings.listen.reflection
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_a_device_is_passed_on_as_it_is_spelled(device: str) -> None:
+    (worker,) = read("--device", device).workers
+    assert (worker.device, worker.index) == (device, 0)
+
+
+def test_gpu_flags_are_read() -> None:
+    settings = read("--no-graphs", "--gpu-memory-utilization", "0.8", COMPILE="false", COMPILE_CACHE="/kept")
+    worker = settings.worker
+    assert (worker.graphs, worker.compile, worker.compile_cache) == (False, False, "/kept")
+    assert worker.gpu_memory_utilization == 0.8
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_workers_differ_in_their_number_and_share_threads_and_memory(device: str) -> None:
+    workers = read(f"--device={device}", "--data-parallel=3", "--threads=8", "--memory-fraction=0.6").workers
+    assert [worker.index for worker in workers] == [0, 1, 2]
+    assert {(worker.device, worker.threads, round(worker.memory_fraction, 9)) for worker in workers} == {
+        (device, 2, 0.2)
+    }
+
+
+def test_every_worker_has_a_thread() -> None:
+    assert [worker.threads for worker in read("--data-parallel=4", "--threads=2").workers] == [1] * 4
 
 
 def test_variables_stand_in_for_flags_and_flags_win() -> None:
@@ -54,6 +82,13 @@ def test_variables_stand_in_for_flags_and_flags_win() -> None:
         ("--max-model-len 0", "max_model_len: got 0, allowed is at least 1"),
         ("--max-sequences 0", "max_sequences: got 0, allowed is at least 1"),
         ("--prefill-tokens -1", "prefill_tokens: got -1, allowed is at least 1"),
+        ("--device gpu", "device: got 'gpu', allowed is auto, cpu, cuda or cuda:N"),
+        ("--device cuda:", "device: got 'cuda:', allowed is auto, cpu, cuda or cuda:N"),
+        ("--device cuda:1x", "device: got 'cuda:1x', allowed is auto, cpu, cuda or cuda:N"),
+        ("--data-parallel 0", "data_parallel: got 0, allowed is at least 1"),
+        ("--data-parallel 2 --device cuda:1", "device: got 'cuda:1' for 2 workers, allowed is auto, cpu or cuda;"),
+        ("--gpu-memory-utilization 0", "gpu_memory_utilization: got 0.0, allowed is (0, 1]"),
+        ("--gpu-memory-utilization nan", "gpu_memory_utilization: got nan, allowed is (0, 1]"),
         ("--memory-fraction nan", "memory_fraction: got nan, allowed is (0, 1]"),
         ("--memory-fraction 1.5", "memory_fraction: got 1.5, allowed is (0, 1]"),
         ("--max-waiting 0", "max_waiting: got 0, allowed is at least 1"),

@@ -53,13 +53,13 @@ class Admission:
             if len(prompt) > most:
                 raise errors.InvalidRequest("prompt.text", f"{len(prompt)} characters", f"at most {most} characters")
             return _not_empty("prompt.text", await self._off_loop(partial(self._codec.encode, prompt)))
-        messages = tuple(item for item in prompt if isinstance(item, ChatMessage))
-        if messages:
+        if prompt and isinstance(prompt[0], ChatMessage):
+            messages = tuple(item for item in prompt if isinstance(item, ChatMessage))
             return _not_empty("prompt.chat", await self._off_loop(partial(self._codec.render_chat, messages)))
         ids = tuple(item for item in prompt if isinstance(item, int))
         vocabulary = self._info.vocabulary_size
-        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
-        if wrong is not None:
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            wrong = next(i for i in ids if not 0 <= i < vocabulary)
             raise errors.InvalidRequest("prompt.tokens.ids", wrong, f"token ids in [0, {vocabulary - 1}]")
         return _not_empty("prompt.tokens", ids)
 

@@ -1,10 +1,8 @@
-"""One answer: what a worker says of a request, turned into what the caller is told, within the caller's deadline."""
+"""One answer: what a worker says of a request, turned into what the caller is told."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator
 
 from d2o_server import errors
 from d2o_server.engine.dispatcher import Dispatcher
@@ -15,58 +13,48 @@ from d2o_server.engine.worker_client import Ticket, TicketEvent
 
 
 class Answer:
-    """Turns one ticket's events into the caller's. ``deadline`` and ``arrived`` are readings of ``time.monotonic``."""
+    """Turns a ticket's events into the caller's, until it is ``over``. ``arrived``: a reading of ``time.monotonic``."""
 
-    def __init__(
-        self, codec: TextCodec, ticket: Ticket, deadline: float | None, arrived: float, dispatcher: Dispatcher
-    ) -> None:
-        self._ticket, self._deadline, self._arrived, self._dispatcher = ticket, deadline, arrived, dispatcher
+    def __init__(self, codec: TextCodec, ticket: Ticket, arrived: float, dispatcher: Dispatcher) -> None:
+        self._ticket, self._arrived, self._dispatcher = ticket, arrived, dispatcher
         self._text = TextStream.of(codec, ticket.message.sampling, ticket.message.end_ids)
         self._admitted = self._first = arrived
+        self.over = False
 
-    async def events(self) -> AsyncGenerator[Event, None]:
-        """Yields ``Started``, chunks and ``Finished``.
+    async def next(self) -> tuple[Event, ...]:
+        """Waits for the worker's next word: ``Started``, then chunks, and ``Finished`` at the end.
 
         Raises:
             DeadlineExceeded, WorkerDied, OutOfDeviceMemory, EngineFailure.
         """
-        stopped = False
-        while True:
-            event = await self._next()
-            match event:
-                case Admitted():
-                    self._admitted = time.monotonic()
-                    yield self._started(event)
-                case NewToken():
-                    # Tokens that came while the caller was busy go out together.
-                    more = self._ticket.events.take_while(lambda item: isinstance(item, NewToken))
-                    if self._text.matched is None:
-                        yield self._chunk([event, *more])
-                    if self._text.matched is not None and not stopped:
-                        stopped = True
-                        self._dispatcher.stop_string(self._ticket)
-                case Ended():
-                    rest = self._text.finish()
-                    if rest:
-                        yield Chunk(rest, ())
-                    yield self._finished(event)
-                    return
-                case Failed():
-                    raise _error(event)
-
-    def _chunk(self, tokens: list[TicketEvent]) -> Chunk:
-        if not self._text.tokens:
-            self._first = time.monotonic()
-        return self._text.push([token for token in tokens if isinstance(token, NewToken)])
-
-    async def _next(self) -> TicketEvent:
-        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         try:
-            async with asyncio.timeout(left):
-                return await self._ticket.events.get()
+            event = await self._ticket.events.get()
         except TimeoutError:
             where = "queued" if self._ticket.waiting else "running"
             raise errors.DeadlineExceeded(f"the deadline passed while the request was {where}") from None
+        if isinstance(event, NewToken):
+            return self._tokens(event)
+        if isinstance(event, Ended):
+            self.over = True
+            rest = self._text.finish()
+            finished = self._finished(event)
+            return (Chunk(rest, ()), finished) if rest else (finished,)
+        if isinstance(event, Admitted):
+            self._admitted = time.monotonic()
+            return (self._started(event),)
+        raise _error(event)
+
+    def _tokens(self, first: NewToken) -> tuple[Event, ...]:
+        """One chunk of this token and of those that came while the caller was busy; none after a stop string."""
+        new = [first, *(item for item in self._ticket.events.take_while(_is_token) if isinstance(item, NewToken))]
+        if self._text.matched is not None:
+            return ()
+        if not self._text.tokens:
+            self._first = time.monotonic()
+        chunk = self._text.push(new)
+        if self._text.matched is not None:
+            self._dispatcher.stop_string(self._ticket)
+        return (chunk,)
 
     def _started(self, admitted: Admitted) -> Started:
         message = self._ticket.message
@@ -96,6 +84,10 @@ class Answer:
             stop_string=matched,
             stop_token_id=None if matched is not None else ended.stop_token_id,
         )
+
+
+def _is_token(event: TicketEvent) -> bool:
+    return isinstance(event, NewToken)
 
 
 _WORKER_ERRORS: dict[str, type[errors.ServerError]] = {

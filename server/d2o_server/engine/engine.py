@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 
 from d2o_server import errors
 from d2o_server.engine.admission import Admission, EngineDefaults
@@ -31,9 +31,7 @@ class LocalEngine:
         defaults: EngineDefaults,
         version: str,
     ) -> None:
-        ready = dispatcher.workers[0].ready
-        if ready is None:
-            raise errors.Unavailable("the engine was made before its workers were ready")
+        ready = _smallest([worker.ready for worker in dispatcher.workers])
         self._codec, self._dispatcher = codec, dispatcher
         shape = CacheShape(windows=ready.shape.windows, page_size=ready.page_size)
         self._info = _describe(ready, shape, codec, defaults, model=model, dtype=dtype, version=version)
@@ -44,7 +42,7 @@ class LocalEngine:
         self._idle.set()
 
     def model_info(self) -> ModelInfo:
-        """The model, its limits and the defaults in force."""
+        """The model, its limits and the defaults in force; the pages are those of the worker with fewest."""
         return self._info
 
     @property
@@ -86,10 +84,10 @@ class LocalEngine:
         try:
             arrived = time.monotonic()
             message, pages = await self._admission.prepare(request)
-            with self._ticket(message, pages) as ticket:
-                answer = Answer(self._codec, ticket, request.deadline, arrived, self._dispatcher)
-                async with aclosing(answer.events()) as events:
-                    async for event in events:
+            with self._ticket(message, pages) as ticket, ticket.events.expiring(request.deadline):
+                answer = Answer(self._codec, ticket, arrived, self._dispatcher)
+                while not answer.over:
+                    for event in await answer.next():
                         yield event
         finally:
             self._active -= 1
@@ -118,6 +116,14 @@ class LocalEngine:
         self._draining = True
         await asyncio.gather(*(worker.stop() for worker in self._dispatcher.workers))
         self._admission.close()
+
+
+def _smallest(ready: Sequence[Ready | None]) -> Ready:
+    """The worker with the smallest pool: a request must fit into whichever it is sent to."""
+    started = [one for one in ready if one is not None]
+    if len(started) < len(ready):
+        raise errors.Unavailable("the engine was made before its workers were ready")
+    return min(started, key=lambda one: one.pool.total)
 
 
 def _describe(

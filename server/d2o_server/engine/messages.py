@@ -12,19 +12,34 @@ from d2o_server.engine.types import CacheFacts, SamplingParams
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a worker needs to start."""
+    """All that a worker needs to start.
+
+    ``index`` is the worker's number: on ``auto`` and ``cuda`` it takes the GPU of that number. ``prefill_tokens`` None
+    and ``compile_cache`` None leave the choice to the worker. ``memory_fraction`` counts on a CPU only;
+    ``gpu_memory_utilization``, ``graphs``, ``compile`` and ``compile_cache`` on a GPU only.
+    """
 
     model: str
     dtype: str
     device: str
+    index: int
     threads: int
     page_size: int
     num_pages: int | None
     memory_fraction: float
+    gpu_memory_utilization: float
     max_model_len: int | None
     max_sequences: int
-    prefill_tokens: int
+    prefill_tokens: int | None
+    graphs: bool
+    compile: bool
+    compile_cache: str | None
     check_integrity: bool
+
+    def share(self, index: int, count: int) -> WorkerSettings:
+        """What worker ``index`` of ``count`` on one machine starts with."""
+        threads, memory = max(1, self.threads // count), self.memory_fraction / count
+        return msgspec.structs.replace(self, index=index, threads=threads, memory_fraction=memory)
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -96,7 +111,7 @@ class Admitted(msgspec.Struct, frozen=True, kw_only=True):
     config: D2OConfig
 
 
-class NewToken(msgspec.Struct, frozen=True, array_like=True):
+class NewToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One token of one sequence; ``top`` has (id, log probability) pairs."""
 
     id: str

@@ -38,6 +38,11 @@ class StepPlan:
         yield from self.decode
         yield from (part.sequence for part in self.prefill)
 
+    @property
+    def sampled(self) -> list[Sequence]:
+        """Sequences that get a token, in the order of their rows of logits."""
+        return [*self.decode, *(part.sequence for part in self.prefill if part.last)]
+
 
 class Scheduler:
     """First come, first served; a sequence is admitted when all the pages it can ever need are unreserved.
@@ -77,7 +82,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step for what runs: every decoding sequence, and prompts in order of admission."""
-        decode = tuple(s for s in self.running.values() if s.stage is Stage.DECODE)
+        decode = tuple(s for s in self.running.values() if s.decodes)
         left = self.prefill_tokens
         prefill = []
         for sequence in self.running.values():
@@ -89,11 +94,13 @@ class Scheduler:
                 left -= count
         return StepPlan(decode, tuple(prefill))
 
-    def prefilled(self, part: PrefillSlice) -> None:
-        """Notes that a chunk ran."""
-        part.sequence.prefilled += part.count
-        if part.last:
-            part.sequence.stage = Stage.DECODE
+    def launched(self, plan: StepPlan) -> None:
+        """Notes that a step was launched: what it computes can be counted on from now on."""
+        for part in plan.prefill:
+            part.sequence.prefilled += part.count
+        for sequence in plan.sampled:
+            sequence.stage = Stage.DECODE
+            sequence.launched += 1
 
     def restart(self, sequence: Sequence) -> None:
         """Notes that nothing of the prompt is in the cache any more."""

@@ -22,6 +22,8 @@ class Stage(StrEnum):
 class Sequence:
     """What the scheduler knows of a sequence. Lengths of caches belong to the worker's pool, not to this.
 
+    ``launched`` counts the output tokens that steps were launched for; it is ahead of ``output`` while steps run.
+
     ``reserved_pages`` is what admission promised: the reservation's peak until the prompt is compressed, then its
     resident bound, then exactly what compression left it needing.
     """
@@ -38,6 +40,7 @@ class Sequence:
     stage: Stage = Stage.WAITING
     prefilled: int = 0
     reserved_pages: int = 0
+    launched: int = 0
     output: list[int] = field(default_factory=list)
 
     @property
@@ -51,10 +54,15 @@ class Sequence:
 
     @property
     def next_token(self) -> int:
-        """The token that the next decode step feeds."""
+        """The token that the next decode step feeds, once the step before it has ended."""
         return self.output[-1]
 
     @property
     def next_position(self) -> int:
         """Its logical position."""
-        return len(self.prompt) + len(self.output) - 1
+        return len(self.prompt) + self.launched - 1
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the next step may run a token of it."""
+        return self.stage is Stage.DECODE and self.launched < self.max_new_tokens

@@ -38,36 +38,44 @@ class TextCodec(Protocol):
 
 @dataclass(slots=True)
 class TextStream:
-    """One answer's text so far. ``matched`` is the stop string that ended it, if one did."""
+    """One answer's text so far. ``hidden`` tokens have none; ``matched`` is the stop string that ended it, if any."""
 
     codec: TextCodec
     sampling: SamplingParams
     detokenizer: Detokenizer
     matcher: StopMatcher
-    end_ids: tuple[int, ...]
+    hidden: frozenset[int]
     tokens: int = 0
     matched: str | None = None
 
     @classmethod
     def of(cls, codec: TextCodec, sampling: SamplingParams, end_ids: tuple[int, ...]) -> TextStream:
-        return cls(codec, sampling, codec.detokenizer(), StopMatcher(sampling.stop_strings), end_ids)
+        hidden = frozenset((*sampling.stop_token_ids, *end_ids))
+        return cls(codec, sampling, codec.detokenizer(), StopMatcher(sampling.stop_strings), hidden)
 
     def push(self, new: Sequence[NewToken]) -> Chunk:
         """Takes new tokens, up to the one that completes a stop string, which no least length holds off."""
-        text, ids = [], []
-        for token in new:
-            ids.append(token.token)
-            hidden = token.token in self.sampling.stop_token_ids or token.token in self.end_ids
-            scan = self.matcher.push("" if hidden else self.detokenizer.push((token.token,)))
+        ids = tuple([token.token for token in new])
+        if self.sampling.stop_strings:
+            text, taken = self._scan(ids)
+            ids = ids[:taken]
+        else:
+            text = self.detokenizer.push([token for token in ids if token not in self.hidden])
+        self.tokens += len(ids)
+        if self.sampling.logprobs is None:
+            return Chunk(text, ids)
+        return Chunk(text, ids, tuple(self._logprob(token) for token in new[: len(ids)]))
+
+    def _scan(self, ids: Sequence[int]) -> tuple[str, int]:
+        """Text that may be sent, and how many tokens were taken until a stop string was complete."""
+        text = []
+        for taken, token in enumerate(ids, start=1):
+            scan = self.matcher.push("" if token in self.hidden else self.detokenizer.push((token,)))
             text.append(scan.emit)
             if scan.matched is not None:
                 self.matched = scan.matched
-                break
-        self.tokens += len(ids)
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if self.sampling.logprobs is not None:
-            logprobs = tuple(self._logprob(token) for token in new[: len(ids)])
-        return Chunk("".join(text), tuple(ids), logprobs)
+                return "".join(text), taken
+        return "".join(text), len(ids)
 
     def finish(self) -> str:
         """What was held back, once generation has ended without a stop string."""

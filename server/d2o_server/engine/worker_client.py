@@ -76,7 +76,8 @@ class Worker:
     """One worker process and its socket. A process that dies is started again with backoff.
 
     ``tickets`` are the requests that it has and that have not ended; ``pool`` is as of its last report, and None, as
-    is ``ready``, while no process serves. ``environment`` is added to what the process inherits.
+    is ``ready``, while no process serves. ``environment`` is added to what the process inherits; ``module`` is what it
+    runs.
     """
 
     def __init__(
@@ -85,13 +86,14 @@ class Worker:
         settings: WorkerSettings,
         progress: Callable[[str], None],
         environment: Mapping[str, str] | None = None,
+        module: str = "d2o_server.worker.process",
     ) -> None:
         self.index, self.settings = index, settings
         self.ready: Ready | None = None
         self.pool: PoolState | None = None
         self.tickets: dict[str, Ticket] = {}
         self.restarts = 0
-        self._progress, self._environment = progress, dict(environment or {})
+        self._progress, self._environment, self._module = progress, dict(environment or {}), module
         self._process: asyncio.subprocess.Process | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -182,7 +184,7 @@ class Worker:
             self._socket = None
 
     async def _live_on(self, socket: zmq.asyncio.Socket, address: str, started: asyncio.Future[Ready]) -> str:
-        command = (sys.executable, "-m", "d2o_server.worker.process", address, str(os.getpid()))
+        command = (sys.executable, "-m", self._module, address, str(os.getpid()))
         environment = _ENVIRONMENT | dict(os.environ) | self._environment
         process = await asyncio.create_subprocess_exec(*command, env=environment, start_new_session=True)
         self._process = process

@@ -8,34 +8,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from d2o.config import D2OConfig, Policy
-from d2o.pages import PagePool
 from d2o_server.engine.memory import CacheShape
-from d2o_server.engine.messages import Failed, Submit, WorkerSettings
+from d2o_server.engine.messages import WorkerSettings
 from d2o_server.engine.scheduler import Scheduler
 from d2o_server.engine.shape import ModelShape
-from d2o_server.engine.types import SamplingParams
-from d2o_server.errors import SettingsError, StartupError
+from d2o_server.errors import SettingsError
 from d2o_server.models.describe import describe
 from d2o_server.models.source import resolve
 from d2o_server.worker import hf_attention
+from d2o_server.worker.cache_ops import TorchCacheOps
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.core import WorkerCore
-from d2o_server.worker.loader import load_model
-from d2o_server.worker.runner import ModelRunner
+from d2o_server.worker.loader import load_model, weight_bytes
+from d2o_server.worker.pool_plan import PoolPlan
+from d2o_server.worker.torch_runner import TorchRunner
+from d2o_server.worker.warm_up import warm_up
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MOST_CPU_POOL_BYTES = 4 << 30
-_WARM_UP_PROMPT, _WARM_UP_OUTPUT = 4, 2
+_CPU_PREFILL_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltWorker:
+    """``weight_bytes``: weights that every step reads whole, so all but an embedding that is not the output's too."""
+
     core: WorkerCore
     shape: ModelShape
     page_bytes: int
     max_model_len: int
+    weight_bytes: int
 
 
 def build_worker(settings: WorkerSettings, progress: Callable[[str], None]) -> BuiltWorker:
@@ -46,50 +50,66 @@ def build_worker(settings: WorkerSettings, progress: Callable[[str], None]) -> B
     """
     torch.set_num_threads(settings.threads)
     hf_attention.register()
-    dtype, device = _DTYPES[settings.dtype], _device(settings.device)
+    dtype, device = _DTYPES[settings.dtype], _device(settings)
     source = resolve(settings.model, report=progress)
-    progress(f"loading {settings.model} as {settings.dtype} on {settings.device}")
+    progress(f"loading {settings.model} as {settings.dtype} on {device}")
     model = load_model(source, dtype=dtype, device=device, attn_implementation=hf_attention.ATTENTION_NAME)
-    shape = describe(model.config)
-    page_bytes = PagePool.bytes_per_page(shape.kv_heads, shape.head_dim, settings.page_size, dtype)
-    pages = settings.num_pages or _affordable_pages(settings, page_bytes)
-    max_model_len = min(settings.max_model_len or shape.max_positions, shape.max_positions)
-    least = shape.layers * -(-(_WARM_UP_PROMPT + _WARM_UP_OUTPUT) // settings.page_size)
-    if pages < least:
-        raise SettingsError(
-            f"num_pages: got {pages}, allowed is at least {least}, which hold"
-            f" {_WARM_UP_PROMPT + _WARM_UP_OUTPUT} tokens in each of the {shape.layers} layers of {settings.model}"
-        )
-    pool = PagePool(
-        layers=shape.layers,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        page_size=settings.page_size,
-        num_pages=pages,
-        rows=settings.max_sequences,
-        max_slots=max_model_len + settings.page_size,
-        dtype=dtype,
-        device=device,
+    shape, weights = describe(model.config), weight_bytes(model)
+    plan = PoolPlan.of(settings, shape, dtype, device)
+    core = _torch_core(model, plan, progress) if device.type == "cpu" else _kernel_core(model, plan, progress)
+    return BuiltWorker(core, shape, plan.page_bytes, plan.max_model_len, weights)
+
+
+def _device(settings: WorkerSettings) -> torch.device:
+    """The device that ``settings.device`` means for this worker.
+
+    Raises:
+        SettingsError: there is no such GPU.
+    """
+    gpus = torch.cuda.device_count()
+    name = settings.device
+    if name == "cpu" or (name == "auto" and not gpus):
+        return torch.device("cpu")
+    number = int(name.partition(":")[2] or settings.index) if name != "auto" else settings.index
+    if number >= gpus:
+        seen = f"torch sees {gpus} of them" if gpus else "torch sees none"
+        raise SettingsError(f"device: got {name!r}, which takes GPU {number}, allowed is a GPU that is there: {seen}")
+    return torch.device("cuda", number)
+
+
+def _torch_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None]) -> WorkerCore:
+    """A worker in plain torch on a CPU."""
+    pages = plan.checked(plan.settings.num_pages or _affordable_pages(plan))
+    pool = plan.pool(pages)
+    cache_shape = CacheShape(windows=plan.shape.windows, page_size=pool.page_size)
+    caches = CacheManager(TorchCacheOps(pool), cache_shape, plan.shape.query_heads)
+    core = WorkerCore(
+        TorchRunner(model, caches, plan.shape.vocabulary_size),
+        Scheduler(
+            pages=pages,
+            max_sequences=plan.settings.max_sequences,
+            prefill_tokens=plan.settings.prefill_tokens or _CPU_PREFILL_TOKENS,
+        ),
+        cache_shape,
+        check_integrity=plan.settings.check_integrity,
     )
-    cache_shape = CacheShape(windows=shape.windows, page_size=settings.page_size)
-    runner = ModelRunner(model, CacheManager(pool, cache_shape, shape.query_heads), shape.vocabulary_size)
-    scheduler = Scheduler(pages=pages, max_sequences=settings.max_sequences, prefill_tokens=settings.prefill_tokens)
-    core = WorkerCore(runner, scheduler, cache_shape, check_integrity=settings.check_integrity)
     progress("warming up")
-    _warm_up(core)
-    return BuiltWorker(core, shape, page_bytes, max_model_len)
+    warm_up(core)
+    return core
 
 
-def _device(name: str) -> torch.device:
-    """The device of this name. Caches and attention run on CPUs only so far."""
-    if name != "cpu":
-        raise SettingsError(f"device: got {name!r}, allowed is cpu (this version has no GPU kernels)")
-    return torch.device(name)
+def _kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None]) -> WorkerCore:
+    # Kernels need Triton, which a CPU does without.
+    try:
+        from d2o_server.worker.gpu.build import kernel_core
+    except ImportError as error:
+        raise SettingsError(f"device: a GPU needs Triton ({error}); install d2o-serve[gpu]") from error
+    return kernel_core(model, plan, progress)
 
 
-def _affordable_pages(settings: WorkerSettings, page_bytes: int) -> int:
+def _affordable_pages(plan: PoolPlan) -> int:
     """Pages that fit into the share of available memory that the settings allow."""
-    return min(int(_available_bytes() * settings.memory_fraction), _MOST_CPU_POOL_BYTES) // page_bytes
+    return min(int(_available_bytes() * plan.settings.memory_fraction), _MOST_CPU_POOL_BYTES) // plan.page_bytes
 
 
 def _available_bytes() -> int:
@@ -98,23 +118,3 @@ def _available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _warm_up(core: WorkerCore) -> None:
-    """Runs a prompt and a token: the first request finds everything in place, and a broken model is found now."""
-    core.handle(
-        Submit(
-            id="warm-up",
-            prompt=tuple(range(_WARM_UP_PROMPT)),
-            sampling=SamplingParams(ignore_end_of_text=True),
-            seed=0,
-            config=D2OConfig(policy=Policy.NONE),
-            end_ids=(),
-            max_new_tokens=_WARM_UP_OUTPUT,
-        )
-    )
-    failed: list[Failed] = []
-    while core:
-        failed += core.step().failed
-    if failed:
-        raise StartupError(f"the model failed its first forward pass: {failed[0].message}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -10,11 +11,10 @@ from torch import Tensor
 
 from d2o import budget
 from d2o.attention import ScoreTarget
-from d2o.compaction import compact
 from d2o.config import D2OConfig, LayerBudgets, Policy
-from d2o.pages import PagePool
 from d2o_server.engine.memory import CacheShape, Reservation
 from d2o_server.engine.types import CacheFacts, LayerCache
+from d2o_server.worker.cache_ops import CacheOps, Span
 from d2o_server.worker.prompt_scores import PromptScores
 
 _NEVER = 1 << 40
@@ -25,20 +25,18 @@ _WINDOW_ONLY = D2OConfig.of(Policy.STREAMING, sinks=0, min_budget=1)
 
 @dataclass(slots=True, eq=False)
 class SequenceCache:
-    """One sequence's place in the pool. ``merged`` and ``dropped`` are counts by layer, means over KV heads."""
+    """One sequence's place in the pool. ``spans`` are (time spent on compression, share of it) pairs."""
 
     row: int
     config: D2OConfig
     budget: int
     prompt_tokens: int
     total_tokens: int
-    scores: PromptScores | None
-    merged: list[float]
-    dropped: list[float]
+    scores: PromptScores | None = None
     budgets: list[int] = field(default_factory=list)
     compressed: bool = False
     peak_pages: int = 0
-    seconds: float = 0.0
+    spans: list[tuple[Span, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +49,18 @@ class CacheLengths:
 
 
 class CacheManager:
-    """Owns the page pool and compresses what lives in it.
+    """Owns the lengths of all caches and decides when each is compressed, and to what; ``ops`` does it.
 
-    ``limit`` [layers, rows] is the number of slots at which a layer is due for eviction, ``keep`` [layers, rows] the
-    budget it goes back to, ``threshold`` [layers, rows, kv_heads] the moving similarity threshold (NaN: none yet).
+    On the host: ``limit`` [layers, rows] is the number of slots at which a layer is due for eviction, ``keep``
+    [layers, rows] the budget it goes back to, ``seen`` [rows] the tokens of a sequence so far.
     """
 
-    def __init__(self, pool: PagePool, shape: CacheShape, query_heads: int) -> None:
-        self.pool, self.shape, self.query_heads = pool, shape, query_heads
-        layers, rows = pool.used.shape
-        device = pool.device
-        self.limit = torch.full((layers, rows), _NEVER, dtype=torch.int64, device=device)
-        self.keep = torch.zeros((layers, rows), dtype=torch.int64, device=device)
-        self.seen = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.threshold = torch.full((layers, rows, pool.kv_heads), torch.nan, device=device)
+    def __init__(self, ops: CacheOps, shape: CacheShape, query_heads: int) -> None:
+        self.ops, self.pool, self.shape, self.query_heads = ops, ops.pool, shape, query_heads
+        layers, rows = self.pool.used.shape
+        self.limit = torch.full((layers, rows), _NEVER, dtype=torch.int64)
+        self.keep = torch.zeros((layers, rows), dtype=torch.int64)
+        self.seen = torch.zeros(rows, dtype=torch.int64)
         self.by_row: dict[int, SequenceCache] = {}
         self._full = torch.tensor([i for i, w in enumerate(shape.windows) if w is None], dtype=torch.int64)
         self._sliding = torch.tensor([i for i, w in enumerate(shape.windows) if w is not None], dtype=torch.int64)
@@ -73,24 +69,13 @@ class CacheManager:
     def open(self, reservation: Reservation, prompt_tokens: int, total_tokens: int) -> SequenceCache:
         """Takes a row for a sequence whose pages are reserved."""
         row = self.pool.open_row()
-        config, layers = reservation.config, self.pool.layers
+        config = reservation.config
         self.limit[:, row] = _NEVER
         self.keep[:, row] = 0
         self.keep[self._sliding, row] = self._windows
         self.seen[row] = 0
-        self.threshold[:, row] = torch.nan
-        cache = SequenceCache(
-            row,
-            config,
-            reservation.budget,
-            prompt_tokens,
-            total_tokens,
-            PromptScores.stage(
-                config, self.pool, self.query_heads, prompt_tokens, compresses=prompt_tokens > reservation.budget
-            ),
-            [0.0] * layers,
-            [0.0] * layers,
-        )
+        self.ops.reset(row)
+        cache = SequenceCache(row, config, reservation.budget, prompt_tokens, total_tokens)
         if config.evicts_in_decode and config.enabled and prompt_tokens <= reservation.budget:
             self.limit[self._full, row] = reservation.budget + self.shape.slack(config)
         self.by_row[row] = cache
@@ -103,7 +88,15 @@ class CacheManager:
         self.pool.close_row(cache.row)
 
     def targets(self, cache: SequenceCache) -> tuple[ScoreTarget | None, ...]:
-        """Where the prefill of each layer adds its column sums."""
+        """Where the prefill of each layer adds its column sums; makes room for them when it is first asked."""
+        if cache.scores is None:
+            cache.scores = PromptScores.stage(
+                cache.config,
+                self.pool,
+                self.query_heads,
+                cache.prompt_tokens,
+                compresses=cache.prompt_tokens > cache.budget,
+            )
         scores = cache.scores
         return tuple(
             scores.target(layer) if scores is not None and window is None else None
@@ -111,21 +104,13 @@ class CacheManager:
         )
 
     def append(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Takes ``counts[i]`` new slots in every layer of ``rows[i]``; returns flat slot rows [layers, tokens, heads].
+        """Takes ``counts[i]`` new slots in every layer of ``rows[i]``; returns what :meth:`CacheOps.clear_new` does.
 
         The new slots' positions follow on from what the sequence has seen; score and bias start at 0.
         """
         pool = self.pool
         pool.grow(rows, counts)
-        owner = torch.arange(rows.numel(), device=pool.device).repeat_interleave(counts)
-        nth = torch.arange(owner.numel(), device=pool.device) - (counts.cumsum(0) - counts)[owner]
-        layers = torch.arange(pool.layers, device=pool.device)[:, None]
-        slots = pool.slot_rows(layers, rows[owner], pool.used[:, rows][:, owner] + nth)
-        flat = slots.flatten()
-        positions = (self.seen[rows][owner] + nth).int()
-        pool.position.view(-1)[flat] = positions[None, :, None].expand_as(slots).flatten()
-        pool.score.view(-1)[flat] = 0.0
-        pool.bias.view(-1)[flat] = 0.0
+        slots = self.ops.clear_new(rows, counts, self.seen[rows])
         pool.used[:, rows] += counts
         self.seen[rows] += counts
         held = pool.held[:, rows].sum(0).tolist()
@@ -143,29 +128,39 @@ class CacheManager:
         pool, rows = self.pool, before.rows
         pool.used[:, rows] = before.used
         self.seen[rows] = before.seen
-        layers = torch.arange(pool.layers, device=pool.device)
+        layers = torch.arange(pool.layers)
         pool.release(layers.repeat_interleave(rows.numel()), rows.repeat(pool.layers))
 
     def restart_prompt(self, cache: SequenceCache) -> None:
         """Forgets the part of a prompt that was read, so that it can be read again from its start."""
-        row = torch.tensor([cache.row], device=self.pool.device)
+        row = torch.tensor([cache.row])
         self.take_back(CacheLengths(row, torch.zeros_like(self.pool.used[:, row]), torch.zeros_like(self.seen[row])))
         if cache.scores is not None:
             cache.scores.clear()
 
     def finish_prompt(self, cache: SequenceCache) -> int:
         """Compresses a prompt whose last chunk has run; returns the pages that the sequence can still need."""
-        began = time.perf_counter()
         scores = cache.scores
-        received = None if scores is None else scores.complete()
-        if cache.config.enabled and cache.prompt_tokens > cache.budget:
-            self._compress_full_layers(cache, received, None if scores is None else scores.window)
-        elif received is not None and cache.config.evicts_in_decode:
-            self._store_scores(cache.row, received)
-        cache.scores = None
-        self._trim_windows(cache)
-        cache.seconds += time.perf_counter() - began
+        with self._timed([cache]):
+            received = None if scores is None else self._of_full_layers(scores.complete())
+            compresses = cache.config.enabled and cache.prompt_tokens > cache.budget
+            if received is not None and (compresses or cache.config.evicts_in_decode):
+                self.ops.store_scores(self._full, cache.row, self._group(received))
+            if compresses:
+                window = None if scores is None or scores.window is None else self._of_full_layers(scores.window)
+                self._compress_full_layers(cache, received, window)
+            cache.scores = None
+            self._trim_windows(cache)
         return self.pages_needed(cache)
+
+    @contextmanager
+    def _timed(self, caches: list[SequenceCache]) -> Iterator[None]:
+        """Charges what happens inside to ``caches`` in equal shares."""
+        span = self.ops.span()
+        yield
+        span.stop()
+        for cache in caches:
+            cache.spans.append((span, 1 / len(caches)))
 
     def pages_needed(self, cache: SequenceCache) -> int:
         """Pages that the sequence can need from now on."""
@@ -185,21 +180,21 @@ class CacheManager:
         grouped = received.view(*received.shape[:-2], self.pool.kv_heads, heads // self.pool.kv_heads, tokens)
         return grouped.sum(-2)
 
-    def _store_scores(self, row: int, received: Tensor) -> None:
-        """Writes a prompt's scores to its pages, for a compression that comes later in decode."""
-        tokens = torch.arange(received.shape[-1], device=self.pool.device)
-        rows = self.pool.slot_rows(self._full[:, None], torch.tensor(row), tokens)
-        self.pool.score.view(-1)[rows] = self._group(received[self._full]).transpose(1, 2)
+    def _of_full_layers(self, values: Tensor) -> Tensor:
+        """``values`` [layers, ...] of the layers that compression applies to."""
+        return values if not self._sliding.numel() else values[self._full]
 
     def _compress_full_layers(self, cache: SequenceCache, received: Tensor | None, window: Tensor | None) -> None:
-        """First compression of a sequence: budgets by layer, then eviction and merging down to them."""
+        """First compression of a sequence: budgets by layer, then eviction and merging down to them.
+
+        ``received`` [full layers, heads, tokens] and ``window`` [full layers, kv_heads, prompt]. Budgets depend on
+        densities, so this is where the host waits for the device.
+        """
         config, layers = cache.config, self._full
         cache.budgets = self._allocate(cache, received)
         cache.compressed = True
         rows = torch.full_like(layers, cache.row)
         self.keep[layers, cache.row] = torch.tensor([cache.budgets[i] for i in layers.tolist()])
-        if received is not None:
-            self._store_scores(cache.row, received)
         self._evict(layers, rows, config, window)
         if config.evicts_in_decode:
             self.limit[layers, cache.row] = self.keep[layers, cache.row] + self.shape.slack(config)
@@ -210,7 +205,7 @@ class CacheManager:
         if config.layer_budgets is LayerBudgets.UNIFORM or received is None:
             densities = torch.zeros(len(layers))
         else:
-            densities = torch.stack([budget.density(received[layer], config) for layer in layers])
+            densities = budget.density(received, config).cpu()
         average, page = cache.budget, self.shape.page_size
         whole_pages = config.evict_interval is None and average >= _PAGE_MULTIPLE_FROM * page
         dense = tuple(layers.index(i) for i in config.dense_layers if i in layers)
@@ -260,56 +255,42 @@ class CacheManager:
                 self._compress_late(cache)
         for config, members in groups.items():
             chosen = torch.isin(rows, torch.tensor(members))
-            began = time.perf_counter()
-            self._evict(layers[chosen], rows[chosen], config, None)
-            share = (time.perf_counter() - began) / len(members)
-            for row in members:
-                self.by_row[row].seconds += share
+            with self._timed([self.by_row[row] for row in members]):
+                self._evict(layers[chosen], rows[chosen], config, None)
 
     def _compress_late(self, cache: SequenceCache) -> None:
         """First compression of a sequence that started below its budget and has now reached it."""
-        began = time.perf_counter()
-        layers, row = self._full, cache.row
-        used = int(self.pool.used[layers[0], row])
-        slots = self.pool.slot_rows(layers[:, None], torch.tensor(row), torch.arange(used))
-        received = torch.zeros(self.pool.layers, self.pool.kv_heads, used)
-        received[layers] = self.pool.score.view(-1)[slots].transpose(1, 2)
-        self._compress_full_layers(cache, received, None)
-        cache.seconds += time.perf_counter() - began
+        with self._timed([cache]):
+            used = int(self.pool.used[self._full[0], cache.row])
+            self._compress_full_layers(cache, self.ops.read_scores(self._full, cache.row, used), None)
 
     def _evict(self, layers: Tensor, rows: Tensor, config: D2OConfig, window: Tensor | None) -> None:
-        """Brings each (layer, row) pair back to its ``keep``; ``window`` is [layers, kv_heads, prompt]."""
-        result = compact(
-            self.pool,
+        """Brings each (layer, row) pair that holds more back to its ``keep``; ``window``: [pairs, kv_heads, prompt]."""
+        self.ops.evict(
             layers,
             rows,
             keep=self.keep[layers, rows],
             seen=self.seen[rows],
-            threshold=self.threshold[layers, rows],
             config=config,
-            window=None if window is None else window[layers],
+            window=window,
         )
-        self.threshold[layers, rows] = result.threshold
-        pairs = zip(layers.tolist(), rows.tolist(), result.merged.tolist(), result.dropped.tolist(), strict=True)
-        for layer, row, merged, dropped in pairs:
-            cache = self.by_row[row]
-            cache.merged[layer] += merged
-            cache.dropped[layer] += dropped
 
     def facts(self, cache: SequenceCache) -> CacheFacts:
         """What became of the sequence's tokens, layer by layer."""
         used = self.pool.used[:, cache.row].tolist()
+        merged, dropped = self.ops.fates(cache.row)
         layers = tuple(
             LayerCache(
                 budget=cache.budgets[i] if cache.budgets else 0,
                 kept=used[i],
-                merged=cache.merged[i],
-                dropped=cache.dropped[i],
+                merged=merged[i],
+                dropped=dropped[i],
             )
             for i in range(self.pool.layers)
         )
         seen = int(self.seen[cache.row])
         reached = sum(used) / (seen * self.pool.layers) if seen else 1.0
+        seconds = sum(share * span.seconds() for span, share in cache.spans)
         return CacheFacts(
-            layers=layers, ratio_reached=reached, peak_pages=cache.peak_pages, compression_seconds=cache.seconds
+            layers=layers, ratio_reached=reached, peak_pages=cache.peak_pages, compression_seconds=seconds
         )

@@ -1,8 +1,9 @@
-"""A worker's heart: scheduler and runner in lockstep, messages in, one report a step out. No process, no socket."""
+"""A worker's heart: messages in, steps through scheduler and runner, one report a step out. No process, no socket."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 from d2o_server.engine.memory import CacheShape, reserve
 from d2o_server.engine.messages import (
@@ -17,10 +18,10 @@ from d2o_server.engine.messages import (
     Submit,
 )
 from d2o_server.engine.scheduler import Scheduler, StepPlan
-from d2o_server.engine.sequence import Sequence
+from d2o_server.engine.sequence import Sequence, Stage
 from d2o_server.engine.types import FinishReason
 from d2o_server.errors import EngineFailure, OutOfDeviceMemory, ServerError
-from d2o_server.worker.runner import ModelRunner, Sampled, StepOutcome
+from d2o_server.worker.runner import Launched, Runner, Sampled, StepOutcome
 
 _log = logging.getLogger(__name__)
 
@@ -28,15 +29,18 @@ _log = logging.getLogger(__name__)
 class WorkerCore:
     """Takes messages, runs steps and reports what each changed.
 
+    As many steps as the runner's ``depth`` are under way while the next is planned, so that a device need not wait for
+    the host. A sequence whose last token turns out to end it has then run one token more, which nobody sees.
     ``check_integrity`` verifies the pool after every step (tests); otherwise it is verified when idle.
     """
 
     def __init__(
-        self, runner: ModelRunner, scheduler: Scheduler, shape: CacheShape, *, check_integrity: bool = False
+        self, runner: Runner, scheduler: Scheduler, shape: CacheShape, *, check_integrity: bool = False
     ) -> None:
         self.runner, self.scheduler, self.shape = runner, scheduler, shape
         self._check_every_step = check_integrity
         self._changes = _Changes()
+        self._under_way: deque[Launched] = deque()
 
     def __bool__(self) -> bool:
         """Whether there is work or something to report."""
@@ -93,42 +97,53 @@ class WorkerCore:
             )
 
     def step(self) -> StepReport:
-        """Admits, runs one step and reports; with nothing to run it only reports."""
+        """Admits, launches one step and reports what has ended; with nothing to run it waits for what is under way."""
         self._admit()
+        if not self.runner.depth:
+            self._finish(0)
         plan = self.scheduler.plan()
         if plan:
-            self._run(plan)
+            self._launch(plan)
+        self._finish(self.runner.depth if plan else 0)
         if self._check_every_step or not self.scheduler:
             self.check_integrity()
         return self._report()
+
+    def _finish(self, leave: int) -> None:
+        """Takes in the oldest steps until ``leave`` are under way."""
+        while len(self._under_way) > leave:
+            self._apply(self._under_way.popleft().wait())
 
     def _report(self) -> StepReport:
         changes, self._changes = self._changes, _Changes()
         return changes.report(self.pool_state())
 
-    def _run(self, plan: StepPlan) -> None:
+    def _launch(self, plan: StepPlan) -> None:
         scored: set[int] = set()
         while plan:
             try:
-                outcome = self.runner.step(plan, scored)
+                launched = self.runner.launch(plan, scored)
             except OutOfDeviceMemory as error:
                 plan = self._without_newest(plan, error)
             except Exception as error:  # noqa: BLE001  whatever a step raises, the worker goes on without its requests
                 self._fail_step(plan, error)
                 return
             else:
-                self._apply(plan, outcome)
+                self.scheduler.launched(plan)
+                self._under_way.append(launched)
                 return
 
-    def _apply(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        for part in plan.prefill:
-            self.scheduler.prefilled(part)
+    def _apply(self, outcome: StepOutcome) -> None:
+        """Takes in what a step did; sequences that have gone since it was launched have no part in it."""
         for sequence, pages in outcome.settled:
-            self.scheduler.settle(sequence, sequence.reservation.resident if pages < 0 else pages)
+            if sequence.stage is not Stage.FINISHED:
+                self.scheduler.settle(sequence, sequence.reservation.resident if pages < 0 else pages)
         for sequence, failure in outcome.failed:
-            self._fail(sequence, failure)
+            if sequence.stage is not Stage.FINISHED:
+                self._fail(sequence, failure)
         for sampled in outcome.sampled:
-            self._accept(sampled)
+            if sampled.sequence.stage is not Stage.FINISHED:
+                self._accept(sampled)
 
     def _accept(self, sampled: Sampled) -> None:
         sequence, token = sampled.sequence, sampled.token
@@ -170,7 +185,7 @@ class WorkerCore:
 
     def _drop(self, sequence: Sequence) -> None:
         if sequence.id in self.runner.running:
-            self.runner.close(sequence)
+            self.runner.discard(sequence)
         self.scheduler.remove(sequence)
 
     def _end(self, sequence: Sequence, reason: FinishReason, stop_token: int | None = None) -> None:

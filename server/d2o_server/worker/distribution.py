@@ -95,8 +95,25 @@ def draw_filtered(shifted: Tensor, uniforms: Tensor, filters: Filters) -> Tensor
         pending = pending[~complete]
         if not len(pending):
             return tokens
-    tokens[pending] = _draw_wide(_rows(shifted, pending), uniforms[pending], filters.select(pending))
+    rest = filters.select(pending)
+    by_count, by_mass = bool((rest.top_k < vocabulary).any()), bool((rest.top_p < 1).any())
+    tokens[pending] = draw_whole(_rows(shifted, pending), uniforms[pending], rest, by_count=by_count, by_mass=by_mass)
     return tokens
+
+
+def draw_whole(shifted: Tensor, uniforms: Tensor, filters: Filters, *, by_count: bool, by_mass: bool) -> Tensor:
+    """:func:`draw_filtered` by a search of whole rows, which never waits for the device.
+
+    ``by_count`` and ``by_mass`` say whether any row's top_k and top_p remove tokens.
+    """
+    weights = _weights(shifted)
+    bits = _magnitude_bits(shifted)
+    if by_count:
+        weights.mul_(_smallest_set(bits, torch.ones_like(weights), filters.top_k))
+    if by_mass:
+        weights.mul_(_smallest_set(bits, weights, _goal(filters.top_p, weights.sum(-1))))
+    weights.masked_fill_(shifted < filters.lowest[:, None], 0)
+    return _invert(weights, uniforms)
 
 
 def leading(shifted: Tensor, count: int) -> Tensor:
@@ -129,17 +146,6 @@ def _draw_narrow(
     ids, order = ids.sort(-1)
     kept = weights.masked_fill_(removed, 0).gather(-1, order)
     return _pick(ids, _invert(kept, uniforms)), complete
-
-
-def _draw_wide(shifted: Tensor, uniforms: Tensor, filters: Filters) -> Tensor:
-    weights = _weights(shifted)
-    bits = _magnitude_bits(shifted)
-    if bool((filters.top_k < shifted.shape[-1]).any()):
-        weights.mul_(_smallest_set(bits, torch.ones_like(weights), filters.top_k))
-    if bool((filters.top_p < 1).any()):
-        weights.mul_(_smallest_set(bits, weights, _goal(filters.top_p, weights.sum(-1))))
-    weights.masked_fill_(shifted < filters.lowest[:, None], 0)
-    return _invert(weights, uniforms)
 
 
 def _smallest_set(bits: Tensor, weights: Tensor, goal: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Registered with transformers under the name ``d2o``; the step's plan travels thr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -36,6 +36,27 @@ _HARMLESS = frozenset(
 )
 
 
+class AttentionStep(Protocol):
+    """One step as attention sees it."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Takes in the layer's new keys and values, attends, and returns [tokens, heads, head_dim].
+
+        ``query`` is [1, heads, tokens, head_dim], ``key`` and ``value`` [1, kv_heads, tokens, head_dim]; ``scale``,
+        ``window`` and ``softcap`` are those of :class:`d2o.attention.AttentionRule`.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
     """A prompt's next tokens, which stand at ``tokens`` of the flattened batch.
@@ -52,7 +73,7 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """Everything that attention needs to know about one step: ``decode`` tokens first, then the prefill chunks.
+    """A step in plain torch: ``decode`` tokens first, then the prefill chunks.
 
     ``slot_rows`` is [layers, tokens, kv_heads]: the flat slot index that each new key and value is written to.
     ``scored`` has the layers that have added their decode scores: a step that runs again must not add them twice.
@@ -66,6 +87,39 @@ class StepContext:
     bias: bool
     score: bool
     scored: set[int]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See :class:`AttentionStep`."""
+        rule = AttentionRule(scale, window, softcap)
+        self._write(layer, key[0], value[0])
+        out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+        if self.segments is not None:
+            q = query[0, :, : self.decode_tokens].transpose(0, 1)
+            score = self.score and layer not in self.scored
+            out[: self.decode_tokens] = decode_attention(
+                q, self.pool, self.segments, layer, rule=rule, bias=self.bias, score=score
+            )
+            self.scored.add(layer)
+        for chunk in self.prefills:
+            k, v = _context(self.pool, chunk, layer, key[0], value[0])
+            out[chunk.tokens] = prefill_attention(
+                query[0, :, chunk.tokens], k, v, start=chunk.start, rule=rule, scores=chunk.scores[layer]
+            )
+        return out
+
+    def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        rows = self.slot_rows[layer].flatten()
+        for store, new in ((self.pool.k, key), (self.pool.v, value)):
+            store.view(-1, store.shape[-1]).index_copy_(0, rows, new.transpose(0, 1).reshape(rows.numel(), -1))
 
 
 def register() -> None:
@@ -89,7 +143,7 @@ def attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    step: StepContext | None = None,
+    step: AttentionStep | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a flattened batch: query [1, heads, tokens, head_dim], key and value [1, kv_heads, ...].
@@ -103,23 +157,9 @@ def attention(
     _refuse_unknown(attention_mask, dropout, kwargs)
     if step is None:
         raise ValueError("d2o attention was called without its step context")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    rule = AttentionRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
-    _write(step, layer, key[0], value[0])
-    out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-    if step.segments is not None:
-        q = query[0, :, : step.decode_tokens].transpose(0, 1)
-        score = step.score and layer not in step.scored
-        out[: step.decode_tokens] = decode_attention(
-            q, step.pool, step.segments, layer, rule=rule, bias=step.bias, score=score
-        )
-        step.scored.add(layer)
-    for chunk in step.prefills:
-        k, v = _context(step.pool, chunk, layer, key[0], value[0])
-        out[chunk.tokens] = prefill_attention(
-            query[0, :, chunk.tokens], k, v, start=chunk.start, rule=rule, scores=chunk.scores[layer]
-        )
-    return out[None], None
+    return step.attend(layer, query, key, value, scale, sliding_window, softcap)[None], None
 
 
 def _refuse_unknown(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -130,12 +170,6 @@ def _refuse_unknown(mask: Tensor | None, dropout: float, kwargs: dict[str, Any])
         raise ValueError(
             f"the model's attention passes {', '.join(sorted(unknown))}, which d2o attention does not know"
         )
-
-
-def _write(step: StepContext, layer: int, key: Tensor, value: Tensor) -> None:
-    rows = step.slot_rows[layer].flatten()
-    for store, new in ((step.pool.k, key), (step.pool.v, value)):
-        store.view(-1, store.shape[-1]).index_copy_(0, rows, new.transpose(0, 1).reshape(rows.numel(), -1))
 
 
 def _context(pool: PagePool, chunk: PrefillChunk, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

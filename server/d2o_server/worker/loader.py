@@ -54,6 +54,15 @@ def load_model(
     return model
 
 
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that every step reads whole: all but an embedding that is not the output's too."""
+    embedding: torch.nn.Module = model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    kept = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    looked_up = {id(parameter) for parameter in embedding.parameters()} - kept
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in looked_up)
+
+
 def load_config(source: ModelSource) -> PreTrainedConfig:
     """The model's configuration, without its weights.
 

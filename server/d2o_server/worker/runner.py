@@ -1,22 +1,21 @@
-"""Runs one step of the model: assembles the flattened batch, runs it over pages, compresses, samples."""
+"""Runs the steps that the scheduler plans: what all runners share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from d2o.attention import DecodeSegments, ScoreTarget
-from d2o_server.engine.scheduler import PrefillSlice, StepPlan
+from d2o.attention import ScoreTarget
+from d2o_server.engine.scheduler import StepPlan
 from d2o_server.engine.sequence import Sequence
 from d2o_server.engine.types import CacheFacts
 from d2o_server.errors import OutOfDeviceMemory, ServerError
 from d2o_server.worker.caches import CacheManager, SequenceCache
-from d2o_server.worker.hf_attention import PrefillChunk, StepContext
 from d2o_server.worker.sampler import RowLogprobs, Sampler, SamplingState
-
-_NO_WINDOW = 1 << 40
 
 
 @dataclass(slots=True)
@@ -25,7 +24,6 @@ class Running:
 
     cache: SequenceCache
     sampling: SamplingState
-    targets: tuple[ScoreTarget | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +49,51 @@ class StepOutcome:
         self.failed.append((sequence, error))
 
 
-class ModelRunner:
+class Launched(Protocol):
+    """A step on its way. What its compression settles or fails is added to it after the launch."""
+
+    @property
+    def settled(self) -> list[tuple[Sequence, int]]: ...
+
+    @property
+    def failed(self) -> list[tuple[Sequence, ServerError]]: ...
+
+    def wait(self) -> StepOutcome:
+        """What the step did, once it has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A step that had ended when it was launched: on a CPU."""
+
+    outcome: StepOutcome
+
+    @property
+    def settled(self) -> list[tuple[Sequence, int]]:
+        return self.outcome.settled
+
+    @property
+    def failed(self) -> list[tuple[Sequence, ServerError]]:
+        return self.outcome.failed
+
+    def wait(self) -> StepOutcome:
+        return self.outcome
+
+
+class Runner(ABC):
     """The model, its caches and its sampler. Knows nothing of queues or clients."""
 
-    def __init__(self, model: nn.Module, caches: CacheManager, vocabulary_size: int) -> None:
-        self.model, self.caches = model, caches
+    def __init__(self, caches: CacheManager, vocabulary_size: int) -> None:
+        self.caches = caches
+        self.vocabulary_size = vocabulary_size
         self.sampler = Sampler(vocabulary_size)
         self.running: dict[str, Running] = {}
-        windows = caches.shape.windows
-        self._windows = None
-        if any(window is not None for window in windows):
-            self._windows = torch.tensor([_NO_WINDOW if window is None else window for window in windows])
+
+    @property
+    def depth(self) -> int:
+        """How many steps may be under way while the next is planned and launched."""
+        return 0
 
     def open(self, sequence: Sequence) -> None:
         """Gives an admitted sequence a row of the pool."""
@@ -69,18 +101,21 @@ class ModelRunner:
         sampling = SamplingState(
             sequence.sampling, seed=sequence.seed, prompt_ids=sequence.prompt, end_ids=sequence.end_ids
         )
-        self.running[sequence.id] = Running(cache, sampling, self.caches.targets(cache))
+        self.running[sequence.id] = Running(cache, sampling)
 
     def close(self, sequence: Sequence) -> CacheFacts:
         """Frees all that the sequence holds; returns what became of its tokens."""
-        cache = self.running.pop(sequence.id).cache
-        facts = self.caches.facts(cache)
-        self.caches.close(cache)
+        facts = self.caches.facts(self.running[sequence.id].cache)
+        self.discard(sequence)
         return facts
 
+    def discard(self, sequence: Sequence) -> None:
+        """Frees all that the sequence holds."""
+        self.caches.close(self.running.pop(sequence.id).cache)
+
     @torch.inference_mode()
-    def step(self, plan: StepPlan, scored: set[int]) -> StepOutcome:
-        """Runs one step; prompts whose last chunk ran are sampled like decoding sequences and compressed.
+    def launch(self, plan: StepPlan, scored: set[int]) -> Launched:
+        """Launches one step; prompts whose last chunk runs are sampled like decoding sequences and compressed.
 
         Args:
             plan: the step.
@@ -90,15 +125,15 @@ class ModelRunner:
             OutOfDeviceMemory: nothing was sampled or compressed. Prompts are as before their first chunk, decoding
                 sequences as before the step but for the layers in ``scored``: run it again with them, or fewer.
         """
-        before = self.caches.lengths(torch.tensor([self.running[s.id].cache.row for s in plan.decode]).long())
+        before = self.caches.lengths(self._rows(plan.decode))
         try:
-            outcome = self._sampled(plan, self._forward(plan, self._context(plan, scored)))
+            launched = self._run(plan, scored)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
-            self._compress(plan, outcome)
-            return outcome
+            self._compress(plan, launched)
+            return launched
         # Only out here does nothing refer to the failed step's tensors any more.
         self.caches.take_back(before)
         for part in plan.prefill:
@@ -106,88 +141,29 @@ class ModelRunner:
         torch.cuda.empty_cache()
         raise OutOfDeviceMemory("the device ran out of memory in a step in which this request was the newest")
 
-    def _compress(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        failed = {sequence.id for sequence, _ in outcome.failed}
+    @abstractmethod
+    def _run(self, plan: StepPlan, scored: set[int]) -> Launched:
+        """Takes slots for the step's tokens, runs the model and samples."""
+
+    def _compress(self, plan: StepPlan, launched: Launched) -> None:
+        failed = {sequence.id for sequence, _ in launched.failed}
         for sequence in [part.sequence for part in plan.prefill if part.last and part.sequence.id not in failed]:
-            running = self.running[sequence.id]
             try:
-                outcome.settled.append((sequence, self.caches.finish_prompt(running.cache)))
+                launched.settled.append((sequence, self.caches.finish_prompt(self.running[sequence.id].cache)))
             except Exception as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                outcome.fail(sequence, OutOfDeviceMemory("the device ran out of memory compressing the prompt"))
-            running.targets = ()
+                fault = OutOfDeviceMemory("the device ran out of memory compressing the prompt")
+                launched.failed.append((sequence, fault))
         self.caches.evict_due()
 
-    def _context(self, plan: StepPlan, scored: set[int]) -> StepContext:
-        """Takes slots for the step's tokens and plans their attention."""
-        parts = [(self.running[s.id], 1) for s in plan.decode]
-        parts += [(self.running[p.sequence.id], p.count) for p in plan.prefill]
-        rows = torch.tensor([running.cache.row for running, _ in parts])
-        slot_rows = self.caches.append(rows, torch.tensor([count for _, count in parts]))
-        pool, decoding = self.caches.pool, len(plan.decode)
-        configs = [running.cache.config for running, _ in parts[:decoding]]
-        segments = None
-        if decoding:
-            current = self.caches.seen[rows[:decoding]] - 1
-            segments = DecodeSegments.plan(pool, rows[:decoding], current, self._windows)
-        return StepContext(
-            pool=pool,
-            slot_rows=slot_rows,
-            decode_tokens=decoding,
-            segments=segments,
-            prefills=self._chunks(plan.prefill, decoding),
-            bias=any(config.enabled for config in configs),
-            score=any(config.enabled and config.evicts_in_decode for config in configs),
-            scored=scored,
-        )
+    def _rows(self, sequences: tuple[Sequence, ...]) -> Tensor:
+        return torch.tensor([self.running[s.id].cache.row for s in sequences], dtype=torch.int64)
 
-    def _chunks(self, parts: tuple[PrefillSlice, ...], first: int) -> tuple[PrefillChunk, ...]:
-        chunks = []
-        pool = self.caches.pool
-        for part in parts:
-            running = self.running[part.sequence.id]
-            held = -(-(part.start + part.count) // pool.page_size)
-            pages = pool.block_table[:, running.cache.row, :held]
-            chunks.append(PrefillChunk(slice(first, first + part.count), part.start, pages, running.targets))
-            first += part.count
-        return tuple(chunks)
-
-    def _forward(self, plan: StepPlan, context: StepContext) -> Tensor:
-        """Logits [sampled rows, vocabulary] of decode tokens and of the last token of every finished prompt."""
-        tokens = [s.next_token for s in plan.decode]
-        positions = [s.next_position for s in plan.decode]
-        sampled = list(range(len(tokens)))
-        for part in plan.prefill:
-            tokens.extend(part.sequence.prompt[part.start : part.start + part.count])
-            positions.extend(range(part.start, part.start + part.count))
-            if part.last:
-                sampled.append(len(tokens) - 1)
-        device = self.caches.pool.device
-        out = self.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(sampled or [0], device=device),
-            step=context,
-        )
-        logits: Tensor = out.logits[0]
-        return logits if sampled else logits[:0]
-
-    def _sampled(self, plan: StepPlan, logits: Tensor) -> StepOutcome:
-        sequences = [*plan.decode, *(part.sequence for part in plan.prefill if part.last)]
-        outcome = StepOutcome()
-        if not sequences:
-            return outcome
-        batch = self.sampler.sample(logits, [self.running[s.id].sampling for s in sequences])
-        for row, sequence in enumerate(sequences):
-            if row in batch.failures:
-                outcome.failed.append((sequence, batch.failures[row]))
-            else:
-                outcome.sampled.append(Sampled(sequence, batch.token_ids[row], batch.logprobs[row]))
-        return outcome
+    def _targets(self, sequence: Sequence) -> tuple[ScoreTarget | None, ...]:
+        return self.caches.targets(self.running[sequence.id].cache)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Torch has a class of its own for a device's memory and none for the host's."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -62,6 +62,11 @@ class SamplingState:
         self.is_greedy = params.temperature < _COLDEST
         self.lowest = math.log(params.min_p) if params.min_p > 0 else -math.inf
 
+    @property
+    def needs_host(self) -> bool:
+        """Whether choosing a token takes the host: it keeps the history that penalties need, and reports logprobs."""
+        return self.edits is not None or self.params.logprobs is not None
+
     def uniform(self) -> float:
         """This step's random number in [0, 1)."""
         return uniform(self.seed, self.generated)
@@ -154,7 +159,7 @@ def _sample_slab(logits: Tensor, states: Sequence[SamplingState], start: int, ba
                 broken[row] = -math.inf
     for row, value in broken.items():
         tokens[row] = FAILED_TOKEN
-        batch.failures[start + row] = _failure(start + row, value)
+        batch.failures[start + row] = no_numbers(start + row, value)
     batch.token_ids[start : start + len(states)] = tokens
     asked = [row for row, state in enumerate(states) if state.params.logprobs is not None and row not in broken]
     if asked:
@@ -246,7 +251,8 @@ def _rows(logits: Tensor, rows: list[int]) -> Tensor:
     return logits[rows].float()
 
 
-def _failure(row: int, best: float) -> EngineFailure:
+def no_numbers(row: int, best: float) -> EngineFailure:
+    """What a request ends with whose best logit is no finite number."""
     if best == -math.inf:
         return EngineFailure(f"row {row} of the step: every token's logit is -inf, so there is none to choose")
     return EngineFailure(f"row {row} of the step: the model's logits hold {best}, allowed are finite numbers and -inf")

@@ -119,6 +119,17 @@ async def test_a_slow_reader_gets_the_rest_in_one_chunk(engine: LocalEngine) -> 
     assert isinstance(finished, Finished)
 
 
+async def test_what_piles_up_while_the_front_is_behind_goes_out_in_one_chunk_a_stream(engine: LocalEngine) -> None:
+    streams = [engine.generate(request(max_new_tokens=60)) for _ in range(4)]
+    await asyncio.gather(*map(anext, streams))
+    time.sleep(1.5)  # noqa: ASYNC251  the worker goes on while this loop stands still
+    for stream in streams:
+        chunks = [event async for event in stream if isinstance(event, Chunk)]
+        assert sum(len(chunk.token_ids) for chunk in chunks) == 60
+        assert max(len(chunk.token_ids) for chunk in chunks) > 10
+        assert len(chunks) < 30
+
+
 @pytest.mark.parametrize(
     ("prompt", "field"),
     [("", "prompt.text"), ((), "prompt.tokens"), ((512,), "prompt.tokens.ids"), ((-1,), "prompt.tokens.ids")],

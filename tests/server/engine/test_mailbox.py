@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
+
+import pytest
 
 from d2o_server.engine.mailbox import Mailbox
 
@@ -54,3 +57,33 @@ async def test_items_that_are_here_are_taken_up_to_the_first_that_is_not_wanted(
     assert await box.get() == 5
     assert box.take_while(lambda _: True) == [6]
     assert box.take_while(lambda _: True) == []
+
+
+async def test_a_reader_that_waits_is_told_when_the_deadline_passes() -> None:
+    box: Mailbox[int] = Mailbox()
+    with box.expiring(time.monotonic() + 0.05):
+        box.put(1)
+        assert await box.get() == 1
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            await box.get()
+    assert 0.04 < time.monotonic() - began < 1
+
+
+async def test_nothing_can_be_got_after_the_deadline_whatever_is_there() -> None:
+    box: Mailbox[int] = Mailbox()
+    box.put(1)
+    with box.expiring(time.monotonic() - 1):
+        await asyncio.sleep(0.01)
+        with pytest.raises(TimeoutError):
+            await box.get()
+
+
+async def test_a_deadline_ends_with_its_scope() -> None:
+    box: Mailbox[int] = Mailbox()
+    with box.expiring(time.monotonic() + 0.01):
+        pass
+    with box.expiring(None):
+        await asyncio.sleep(0.02)
+        box.put(1)
+        assert await box.get() == 1

@@ -13,6 +13,7 @@ from d2o.config import D2OConfig, LayerBudgets, Policy
 from d2o.pages import PagePool
 from d2o_server.engine.memory import CacheShape, PageLedger, Reservation, reserve
 from d2o_server.errors import InvalidRequest
+from d2o_server.worker.cache_ops import TorchCacheOps
 from d2o_server.worker.caches import CacheManager
 
 NONE = D2OConfig(policy=Policy.NONE)
@@ -122,7 +123,7 @@ class Life:
             max_slots=prompt + new + shape.page_size,
             dtype=torch.float32,
         )
-        self.caches = CacheManager(pool, shape, query_heads=4)
+        self.caches = CacheManager(TorchCacheOps(pool), shape, query_heads=4)
         self.cache = self.caches.open(reservation, prompt, prompt + new)
         self.row = torch.tensor([self.cache.row])
         self.draw = torch.Generator().manual_seed(prompt)

@@ -39,11 +39,8 @@ def names(sequences: list[Sequence] | tuple[Sequence, ...]) -> list[str]:
 def run_step(engine: Scheduler) -> list[tuple[str, int, int]]:
     """One step in which everything goes well; returns the chunks that ran."""
     plan = engine.plan()
-    for part in plan.prefill:
-        engine.prefilled(part)
-        if part.last:
-            part.sequence.output.append(0)
-    for each in plan.decode:
+    engine.launched(plan)
+    for each in plan.sampled:
         each.output.append(0)
     return [(part.sequence.id, part.start, part.count) for part in plan.prefill]
 
@@ -165,6 +162,7 @@ def test_a_sequence_knows_where_it_stands() -> None:
     one.prefilled = 4
     assert (one.prompt_remaining, one.total_tokens) == (6, 15)
     one.output += [7, 9]
+    one.launched = 2
     # Of two new tokens the first has been fed at position 10; the second is next.
     assert (one.next_token, one.next_position) == (9, 11)
 

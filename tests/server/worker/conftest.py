@@ -21,11 +21,12 @@ from d2o_server.models.describe import describe
 from d2o_server.models.presets import Preset
 from d2o_server.models.source import ModelSource, resolve
 from d2o_server.worker import hf_attention
+from d2o_server.worker.cache_ops import TorchCacheOps
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.loader import load_model
-from d2o_server.worker.runner import ModelRunner
 from d2o_server.worker.sampler import SampledBatch, Sampler, SamplingState
+from d2o_server.worker.torch_runner import TorchRunner
 
 NONE = D2OConfig(policy=Policy.NONE)
 VOCABULARY = 512
@@ -138,7 +139,7 @@ class Harness:
             max_slots=2048,
             dtype=torch.float32,
         )
-        runner = ModelRunner(self.model, CacheManager(pool, cache_shape, shape.query_heads), VOCABULARY)
+        runner = TorchRunner(self.model, CacheManager(TorchCacheOps(pool), cache_shape, shape.query_heads), VOCABULARY)
         runner.sampler = _Recorder(self)
         scheduler = Scheduler(pages=pages, max_sequences=sequences, prefill_tokens=chunk)
         self.core = WorkerCore(runner, scheduler, cache_shape, check_integrity=True)

@@ -1,0 +1,123 @@
+"""A GPU worker in this process, and caches that stand as if long prompts had been read."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from d2o.config import D2OConfig
+from d2o.pages import PagePool
+from d2o_server.engine.messages import Cancel, Submit, WorkerSettings
+from d2o_server.engine.sequence import Stage
+from d2o_server.engine.types import SamplingParams
+from d2o_server.worker.build import BuiltWorker, build_worker
+from d2o_server.worker.core import WorkerCore
+
+_RANDOM_SEED = 7
+_PAGES_AT_ONCE = 1 << 14
+
+
+def progress(text: str) -> None:
+    """What the worker does while it starts, with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def start(settings: WorkerSettings) -> BuiltWorker:
+    """A worker whose pool holds random numbers: zeros would flatter a GPU."""
+    worker = build_worker(settings, progress)
+    pool = worker.core.runner.caches.pool
+    torch.manual_seed(_RANDOM_SEED)
+    for store in (pool.k, pool.v):
+        for part in store.split(_PAGES_AT_ONCE):
+            part.normal_()
+    pool.score.uniform_(0.1, 1.0)
+    return worker
+
+
+def submit(core: WorkerCore, name: str, prompt: tuple[int, ...], config: D2OConfig, new_tokens: int) -> None:
+    """A greedy request that runs past the end of text."""
+    core.handle(
+        Submit(
+            id=name,
+            prompt=prompt,
+            sampling=SamplingParams(ignore_end_of_text=True),
+            seed=0,
+            config=config,
+            end_ids=(),
+            max_new_tokens=new_tokens,
+        )
+    )
+
+
+@contextmanager
+def occupied(core: WorkerCore, *, sequences: int, slots: int, config: D2OConfig, steps: int) -> Iterator[None]:
+    """``sequences`` that hold ``slots`` slots a layer and decode, without having read a prompt.
+
+    Compressed ones stand at their budget, spread over a page, so that at every step about one page-th of them is due.
+    """
+    for index in range(sequences):
+        submit(core, str(index), (1,) * slots, config, steps)
+    admitted = core.scheduler.admit()
+    if len(admitted) != sequences:
+        raise RuntimeError(f"the pool holds {len(admitted)} of {sequences} sequences of {slots} slots")
+    caches, page = core.runner.caches, core.shape.page_size
+    for index, sequence in enumerate(admitted):
+        core.runner.open(sequence)
+        cache = core.runner.running[sequence.id].cache
+        caches.append(torch.tensor([cache.row]), torch.tensor([slots - index % page if config.enabled else slots]))
+        _number(caches.pool, cache.row)
+        if config.enabled:
+            cache.compressed = True
+            cache.budgets = [slots - page] * caches.pool.layers
+            caches.keep[:, cache.row] = slots - page
+            caches.limit[:, cache.row] = slots
+        sequence.prefilled, sequence.stage, sequence.launched = slots, Stage.DECODE, 1
+        sequence.output.append(1)
+    try:
+        yield
+    finally:
+        for index in range(sequences):
+            core.handle(Cancel(str(index)))
+        while core:
+            core.step()
+
+
+def _number(pool: PagePool, row: int) -> None:
+    """Gives every slot of a row its index as position."""
+    pages = pool.block_table[:, row, : int(pool.held[0, row])].to(pool.device)
+    places = torch.arange(pages.shape[1] * pool.page_size, dtype=torch.int32, device=pool.device)
+    pool.position[pages] = places.view(1, -1, 1, pool.page_size).expand(len(pages), -1, pool.kv_heads, -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Milliseconds of one step: by the device's clock over many steps launched ahead, and how long the host took."""
+
+    device_ms: float
+    host_ms: float
+
+
+def time_steps(core: WorkerCore, *, steps: int, warm_up: int = 8) -> Steps:
+    """Steps of what runs, as the worker runs them: the next is prepared while one is under way."""
+    for _ in range(warm_up):
+        core.step()
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    host = 0.0
+    begin.record()
+    for _ in range(steps):
+        began = time.perf_counter()
+        plan = core.scheduler.plan()
+        launched = core.runner.launch(plan, set())
+        core.scheduler.launched(plan)
+        host += time.perf_counter() - began
+        core._under_way.append(launched)
+        core._finish(1)
+    end.record()
+    torch.cuda.synchronize()
+    return Steps(device_ms=begin.elapsed_time(end) / steps, host_ms=1000 * host / steps)

@@ -1,0 +1,136 @@
+"""What a GPU figure was measured on, the ceilings it is held against, and how GPU times are taken."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks._machine import Machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFacts:
+    """The device and the software on it."""
+
+    name: str
+    processors: int
+    memory_gib: float
+    capability: str
+    driver: str | None
+    cuda: str | None
+    torch: str
+    triton: str
+
+    @classmethod
+    def read(cls) -> GpuFacts:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return cls(
+            name=properties.name,
+            processors=properties.multi_processor_count,
+            memory_gib=round(properties.total_memory / 2**30, 1),
+            capability=f"{properties.major}.{properties.minor}",
+            driver=_driver(),
+            cuda=torch.version.cuda,
+            torch=torch.__version__,
+            triton=triton.__version__,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    """What the device reaches on the plainest work: TB/s (10^12 bytes) and TFLOP/s."""
+
+    copy_tb_s: float
+    read_tb_s: float
+    matrix_bf16_tflop_s: float
+
+    @classmethod
+    def measure(cls, *, gib: float = 4.0, size: int = 8192) -> Ceilings:
+        """Bandwidth over ``gib`` GiB (copies count bytes read and written) and a bfloat16 product of ``size`` cubed."""
+        copy, read = _bandwidths(int(gib * 2**28))
+        a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        matrix = 2 * size**3 / time_gpu(partial(torch.matmul, a, b)) / 1e9
+        return cls(copy_tb_s=copy, read_tb_s=read, matrix_bf16_tflop_s=matrix)
+
+
+def time_gpu(run: Callable[[], object], *, repeats: int = 20, warmup: int = 5) -> float:
+    """Median milliseconds of one call, between CUDA events around it. For work of a tenth of a millisecond or more."""
+    for _ in range(warmup):
+        run()
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for begin, end in marks:
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return float(median(begin.elapsed_time(end) for begin, end in marks))
+
+
+def time_graph(runs: Sequence[Callable[[], object]], *, repeats: int = 20, warmup: int = 3) -> float:
+    """Median milliseconds of one of ``runs``, captured one after another in a CUDA graph: no launch from the host."""
+    for run in runs:
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    return time_gpu(graph.replay, repeats=repeats, warmup=warmup) / len(runs)
+
+
+def write_result(folder: Path, name: str, result: dict[str, Any]) -> Path:
+    """Writes ``folder/name.json``: the machine's and the GPU's facts, then the result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = Machine(packages={"torch": torch.__version__, "triton": triton.__version__}).as_json()
+    path = folder / f"{name}.json"
+    facts = {"benchmark": name, "machine": machine, "gpu": asdict(GpuFacts.read())}
+    path.write_text(json.dumps(facts | result, indent=2) + "\n")
+    return path
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def _bandwidths(words: int) -> tuple[float, float]:
+    """TB/s of a copy and of the faster of two reductions, over ``words`` float32."""
+    source = torch.rand(words, device="cuda")
+    target = torch.empty_like(source)
+    sums = torch.empty(16 * GpuFacts.read().processors, device="cuda")
+    copy = 8 * words / time_gpu(partial(target.copy_, source)) / 1e9
+    fastest = min(time_gpu(partial(torch.sum, source)), time_gpu(partial(_read, source, sums)))
+    return copy, 4 * words / fastest / 1e9
+
+
+def _read(source: torch.Tensor, sums: torch.Tensor) -> None:
+    _read_kernel[(sums.numel(),)](source, sums, source.numel(), sums.numel(), 4096, num_warps=8)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _read_kernel(
+    source: tl.tensor, sums: tl.tensor, words: tl.tensor, programs: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """Each program sums every ``programs``-th block of ``source``."""
+    program = tl.program_id(0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(program * BLOCK, words, programs * BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        total += tl.load(source + index, mask=index < words, other=0.0)
+    tl.store(sums + program, tl.sum(total, 0))

@@ -1,0 +1,145 @@
+"""How near the engine comes to the GPU's own limits: decode steps, time to first token, compression and eviction.
+
+A worker in this process, without gRPC. Decode steps run on caches that stand as if their prompts had been read; the
+time to the first token is that of a real prompt. Writes ``engine_gpu.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2o.config import D2OConfig, Policy
+
+NONE = D2OConfig(policy=Policy.NONE)
+SHAPES = ((128, 6592), (64, 512), (256, 1024))
+_STEPS = 64
+_NEVER = 1 << 40
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("engine_gpu: torch sees no GPU here; nothing was measured")
+        return
+    from benchmarks import _engine, _gpu
+    from d2o_server.settings import worker_settings
+
+    began = time.perf_counter()
+    ceilings = _gpu.Ceilings.measure()
+    settings = worker_settings(
+        model=options.model,
+        max_sequences=options.max_sequences,
+        max_model_len=options.max_model_len,
+        num_pages=options.num_pages,
+        gpu_memory_utilization=0.95,
+        graphs=options.graphs,
+        compile=options.compile,
+    )
+    worker = _engine.start(settings)
+    result: dict[str, Any] = {
+        "ceilings": asdict(ceilings),
+        "model": options.model,
+        "pool_pages": worker.core.pool_state().total,
+        "start_seconds": time.perf_counter() - began,
+        "decode": [],
+    }
+    for batch, slots in SHAPES:
+        result["decode"].append(_decode(worker, batch, slots, ceilings.read_tb_s))
+    if options.prompt:
+        result["first_token"] = [
+            _first_token(worker, options.prompt, config) for config in (NONE, D2OConfig(ratio=0.2, min_budget=1024))
+        ]
+    if options.profile:
+        _profile(worker, options.profile)
+    print(_gpu.write_result(options.out, "engine_gpu", result))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--model", default="random:llama-3.1-8b")
+    parser.add_argument("--max-sequences", type=int, default=256)
+    parser.add_argument("--max-model-len", type=int, default=40960)
+    parser.add_argument("--num-pages", type=int, help="default: what the GPU's memory affords")
+    parser.add_argument("--prompt", type=int, default=32768, help="tokens of the prompt that is read; 0 for none")
+    parser.add_argument("--graphs", action=switch, default=True)
+    parser.add_argument("--compile", action=switch, default=True)
+    parser.add_argument("--profile", type=Path, help="file for a table of the kernels of some decode steps")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    return parser
+
+
+def _decode(worker: Any, batch: int, slots: int, read_tb_s: float) -> dict[str, Any]:
+    """One shape's step, without scores, with scores, and with evictions as they fall due."""
+    from benchmarks import _engine
+
+    core, shape = worker.core, worker.shape
+    slot_bytes = 2 * shape.head_dim * 2
+    kv = batch * slots * shape.layers * shape.kv_heads
+    floor = (worker.weight_bytes + kv * slot_bytes) / read_tb_s / 1e9
+    row: dict[str, Any] = {"sequences": batch, "slots": slots, "floor_ms": floor}
+    page = core.shape.page_size
+    kept = D2OConfig(budget_tokens=slots - page)
+    for name, config, steps in (("d2o", kept, _STEPS), ("none", NONE, _STEPS // 2)):
+        with _engine.occupied(core, sequences=batch, slots=slots, config=config, steps=3 * _STEPS):
+            took = _engine.time_steps(core, steps=steps)
+            if name == "d2o":
+                core.runner.caches.limit.fill_(_NEVER)
+                scored = _engine.time_steps(core, steps=_STEPS // 2)
+                row["scored_ms"], row["scored_share_of_floor"] = scored.device_ms, floor / scored.device_ms
+        row[f"{name}_ms"], row[f"{name}_host_ms"] = took.device_ms, took.host_ms
+        row[f"{name}_share_of_floor"] = floor / took.device_ms
+    row["eviction_share"] = 1 - row["scored_ms"] / row["d2o_ms"]
+    print({key: round(value, 3) for key, value in row.items()}, flush=True)
+    return row
+
+
+def _first_token(worker: Any, tokens: int, config: D2OConfig) -> dict[str, Any]:
+    """Seconds from the request to its first token, the second of two runs, and what compression took of them."""
+    from benchmarks import _engine
+
+    core = worker.core
+    generator = torch.Generator().manual_seed(3)
+    row: dict[str, Any] = {"policy": config.policy.value, "prompt_tokens": tokens}
+    for turn in range(2):
+        prompt = tuple(torch.randint(0, worker.shape.vocabulary_size, (tokens,), generator=generator).tolist())
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        _engine.submit(core, f"prompt-{turn}", prompt, config, 4)
+        first = None
+        while core:
+            report = core.step()
+            if report.tokens and first is None:
+                first = time.perf_counter() - began
+            for ended in report.ended:
+                row["compression_seconds"] = ended.facts.compression_seconds
+                row["kept"] = ended.facts.layers[0].kept
+        row["seconds"] = first
+    row["tokens_per_second"] = tokens / row["seconds"]
+    print(row, flush=True)
+    return row
+
+
+def _profile(worker: Any, path: Path) -> None:
+    """The kernels of some decode steps with evictions, by time."""
+    from benchmarks import _engine
+
+    batch, slots = SHAPES[0]
+    config = D2OConfig(budget_tokens=slots - worker.core.shape.page_size)
+    with _engine.occupied(worker.core, sequences=batch, slots=slots, config=config, steps=100):
+        _engine.time_steps(worker.core, steps=8)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            _engine.time_steps(worker.core, steps=8, warm_up=0)
+    table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80)
+    path.write_text(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""A worker on a GPU: compiles the model, measures what a step needs, and gives the rest of the memory to the pool."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from d2o.config import D2OConfig
+from d2o_server.engine.memory import CacheShape
+from d2o_server.engine.scheduler import Scheduler
+from d2o_server.errors import SettingsError
+from d2o_server.worker.caches import CacheManager
+from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.gpu.cache_ops import KernelCacheOps
+from d2o_server.worker.gpu.model import Forward, forward_of, join_projections
+from d2o_server.worker.gpu.runner import KernelRunner
+from d2o_server.worker.gpu.step import AttentionOperator
+from d2o_server.worker.pool_plan import PoolPlan
+from d2o_server.worker.warm_up import warm_up
+
+PREFILL_TOKENS = 8192
+_GRAPH_BYTES = 3 << 30
+_PROMPTS_AT_ONCE = 2
+_TRIAL_RATIO = 0.25
+_TRIAL_OUTPUT = 4
+# Little is computed on the host, and waking many threads for it takes longer.
+_THREADS = 4
+
+
+def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None]) -> WorkerCore:
+    """A worker over a pool that fills the share of the GPU's memory that the settings allow.
+
+    Raises:
+        SettingsError: that share does not hold the model and the shortest request.
+        StartupError: the model failed a first request.
+    """
+    settings = plan.settings
+    torch.set_num_threads(min(settings.threads, _THREADS))
+    torch.cuda.set_device(plan.device)
+    if settings.compile:
+        _keep_compiled_code(settings.compile_cache)
+    join_projections(model)
+    operator = AttentionOperator()
+    forward = forward_of(model, compiled=settings.compile)
+    progress("compiling and measuring the model" if settings.compile else "measuring the model")
+    pages = settings.num_pages or _affordable_pages(plan, forward, operator)
+    core = assemble(plan, forward, operator, plan.checked(pages))
+    if settings.graphs and isinstance(core.runner, KernelRunner):
+        core.runner.capture(progress)
+    progress("warming up")
+    warm_up(core)
+    return core
+
+
+def assemble(plan: PoolPlan, forward: Forward, operator: AttentionOperator, pages: int) -> WorkerCore:
+    """The parts of a worker over a pool of this many pages."""
+    settings, shape = plan.settings, plan.shape
+    ops = KernelCacheOps(plan.pool(pages, mirrored=True))
+    cache_shape = CacheShape(windows=shape.windows, page_size=settings.page_size)
+    runner = KernelRunner(
+        forward,
+        operator,
+        CacheManager(ops, cache_shape, shape.query_heads),
+        ops,
+        vocabulary_size=shape.vocabulary_size,
+        max_sequences=settings.max_sequences,
+    )
+    scheduler = Scheduler(
+        pages=pages,
+        max_sequences=settings.max_sequences,
+        prefill_tokens=settings.prefill_tokens or PREFILL_TOKENS,
+    )
+    return WorkerCore(runner, scheduler, cache_shape, check_integrity=settings.check_integrity)
+
+
+def _keep_compiled_code(folder: str | None) -> None:
+    """Lets the compilers find at the next start what they made at this one."""
+    cache = Path(folder) if folder else Path.home() / ".cache" / "d2o-serve" / "compile"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
+
+
+def _affordable_pages(plan: PoolPlan, forward: Forward, operator: AttentionOperator) -> int:
+    """Pages for what a trial of the largest step leaves of the GPU's memory."""
+    settings, shape = plan.settings, plan.shape
+    tokens = min(settings.prefill_tokens or PREFILL_TOKENS, plan.max_model_len - _TRIAL_OUTPUT)
+    trial_pages = shape.layers * (-(-(tokens + _TRIAL_OUTPUT) // settings.page_size) + 1)
+    torch.cuda.reset_peak_memory_stats()
+    core = assemble(plan, forward, operator, trial_pages)
+    config = D2OConfig(ratio=_TRIAL_RATIO, min_budget=1)
+    warm_up(core, prompt=tokens, output=_TRIAL_OUTPUT, config=config)
+    needed = torch.cuda.max_memory_allocated() - trial_pages * plan.page_bytes
+    del core
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(plan.device).total_memory
+    others = total - torch.cuda.mem_get_info(plan.device)[0] - torch.cuda.memory_reserved()
+    room = int(total * settings.gpu_memory_utilization) - others - needed - _GRAPH_BYTES - _score_bytes(plan)
+    pages = room // plan.page_bytes
+    if pages < 1:
+        raise SettingsError(
+            f"gpu_memory_utilization: got {settings.gpu_memory_utilization}, which is"
+            f" {int(total * settings.gpu_memory_utilization) >> 20} MiB of the GPU, allowed is a share that holds the"
+            f" {(total * settings.gpu_memory_utilization - room) / 2**20:.0f} MiB of {settings.model} and its largest"
+            " step, and a page pool"
+        )
+    return pages
+
+
+def _score_bytes(plan: PoolPlan) -> int:
+    """Column sums and one layer's gathered context of the longest prompts that are read at once."""
+    shape = plan.shape
+    sums = 4 * shape.layers * (shape.query_heads + shape.kv_heads)
+    context = 2 * plan.dtype.itemsize * shape.head_dim * (shape.kv_heads + shape.query_heads)
+    return (_PROMPTS_AT_ONCE * sums + context) * plan.max_model_len

@@ -1,0 +1,173 @@
+"""Decode steps as CUDA graphs, one for each of a few batch sizes; smaller batches are padded."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2o.kernels.decode import DecodePlan, DecodeWorkspace, decode_items, plan_decode
+from d2o_server.worker.distribution import greedy, pad_vocabulary
+from d2o_server.worker.gpu.cache_ops import KernelCacheOps
+from d2o_server.worker.gpu.device import upload
+from d2o_server.worker.gpu.model import Forward
+from d2o_server.worker.gpu.step import AttentionOperator, DecodePart, KernelStep
+
+_WARM_UP_RUNS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What a step's forward pass leaves: logits [rows, vocabulary], the best token of each row and its logit."""
+
+    logits: Tensor
+    best_ids: Tensor
+    best: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Logits:
+        return cls(logits, *greedy(pad_vocabulary(logits)))
+
+    def first(self, rows: int) -> Logits:
+        return Logits(self.logits[:rows], self.best_ids[:rows], self.best[:rows])
+
+
+class DecodeInputs:
+    """What the host says of a decode step, in one buffer of the device: rows, positions and lengths.
+
+    A captured graph reads the same addresses at every replay.
+    """
+
+    def __init__(self, layers: int, capacity: int, device: torch.device) -> None:
+        self._layers = layers
+        self._buffer = torch.zeros((2 + layers) * capacity, dtype=torch.int32, device=device)
+
+    def views(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """rows [batch], positions [batch], lengths [layers, batch]."""
+        rows, positions, lengths = self._buffer[: (2 + self._layers) * batch].split(
+            [batch, batch, self._layers * batch]
+        )
+        return rows, positions, lengths.view(self._layers, batch)
+
+    def fill(self, rows: Tensor, positions: Tensor, lengths: Tensor, batch: int, padding_row: int) -> None:
+        """Sends a step's numbers, padded to ``batch`` with sequences of one slot in the padding row."""
+        packed = torch.empty(2 + self._layers, batch, dtype=torch.int32)
+        size = rows.numel()
+        packed[0, :size], packed[0, size:] = rows, padding_row
+        packed[1, :size], packed[1, size:] = positions, 0
+        packed[2:, :size], packed[2:, size:] = lengths, 1
+        self._buffer[: packed.numel()].copy_(upload(packed.view(-1), self._buffer.device), non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    result: Logits
+
+
+def batch_sizes(most: int) -> list[int]:
+    """Sizes to capture: close together, so that little is padded; 1 is padded to 2, which shares compiled code."""
+    sizes = [2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most + 32, 32)]
+    return [size for size in sizes if size < most] + [max(2, most)]
+
+
+class DecodeGraphs:
+    """Runs decode steps, replaying a graph where one was captured.
+
+    ``last_token`` [rows] int64 on the device has every row's newest token: a step reads and replaces it, so that the
+    next step can be launched before the host knows what was sampled.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        operator: AttentionOperator,
+        ops: KernelCacheOps,
+        workspace: DecodeWorkspace,
+        last_token: Tensor,
+        most: int,
+    ) -> None:
+        self._forward, self._operator, self._ops = forward, operator, ops
+        self._workspace, self._last_token = workspace, last_token
+        self._inputs = DecodeInputs(ops.pool.layers, max(2, most), ops.pool.device)
+        self._sizes: list[int] = []
+        self._captured: dict[tuple[int, bool], _Captured] = {}
+
+    def capture(self, sizes: list[int], progress: Callable[[str], None]) -> None:
+        """Captures graphs for these batch sizes, with and without scores; the memory of the largest serves all."""
+        pool = None
+        for size in sorted(sizes, reverse=True):
+            progress(f"capturing decode steps of {size} sequences")
+            for scored in (True, False):
+                self._fill_with_padding(size)
+                for _ in range(_WARM_UP_RUNS):
+                    self._run(size, scored)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    result = self._run(size, scored)
+                pool = graph.pool()
+                self._captured[size, scored] = _Captured(graph, result)
+        self._sizes = sorted(sizes)
+
+    def _fill_with_padding(self, size: int) -> None:
+        nobody = torch.empty(0, dtype=torch.int32)
+        lengths = torch.empty(self._ops.pool.layers, 0, dtype=torch.int32)
+        self._inputs.fill(nobody, nobody, lengths, size, self._ops.padding_row)
+
+    def run(self, rows: Tensor, positions: Tensor, lengths: Tensor, *, scored: bool) -> Logits | None:
+        """One decode step for ``rows`` [batch], or None where no captured graph is large enough.
+
+        Args:
+            rows, positions: [batch] on the host.
+            lengths: [layers, batch] on the host, the new token's slot included.
+            scored: whether any sequence has biases or goes on adding to scores.
+        """
+        batch = rows.numel()
+        place = bisect_left(self._sizes, batch)
+        if place == len(self._sizes):
+            return None
+        size = self._sizes[place]
+        self._inputs.fill(rows, positions, lengths, size, self._ops.padding_row)
+        captured = self._captured[size, scored]
+        captured.graph.replay()
+        return captured.result.first(batch)
+
+    def _run(self, size: int, scored: bool) -> Logits:
+        """What is captured: everything from the newest tokens to the next ones."""
+        rows, positions, lengths = self._inputs.views(size)
+        items = decode_items(size, self._ops.pool.kv_heads, processors(self._ops.pool.device))
+        plan = plan_decode(lengths, items=items, out=DecodePlan.empty(lengths, items))
+        part = DecodePart(rows, positions, plan, self._workspace, bias=scored, score=scored, scored=set())
+        step = KernelStep(self._ops.paged, self._ops.table, part, None)
+        keep = torch.arange(size, device=rows.device)
+        with self._operator.running(step):
+            ids = self._last_token[rows.long()]
+            logits = self._forward(ids[None], positions.long()[None], keep, self._operator.step)
+        result = Logits.of(logits)
+        self._last_token[rows.long()] = result.best_ids
+        return result
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def workspace_for(ops: KernelCacheOps, query_heads: int, most: int) -> DecodeWorkspace:
+    """Scratch for batches of up to ``most`` sequences whose slots may fill the pool."""
+    pool = ops.pool
+    # Layers have budgets of their own: one may hold more than its equal part of the pool.
+    slots = min(2 * pool.num_pages * pool.page_size // pool.layers, pool.num_pages * pool.page_size)
+    return DecodeWorkspace.allocate(
+        batch=most,
+        items=decode_items(most, pool.kv_heads, processors(pool.device)),
+        heads=query_heads,
+        kv_heads=pool.kv_heads,
+        head_dim=pool.head_dim,
+        slots=slots,
+        device=pool.device,
+    )

@@ -1,0 +1,186 @@
+"""Steps on a GPU: launched without waiting, so that the next is prepared while one runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from d2o.kernels.decode import decode_items, plan_decode
+from d2o_server.engine.scheduler import PrefillSlice, StepPlan
+from d2o_server.engine.sequence import Sequence
+from d2o_server.errors import ServerError
+from d2o_server.worker.caches import CacheManager
+from d2o_server.worker.gpu.cache_ops import KernelCacheOps
+from d2o_server.worker.gpu.device import Download, upload
+from d2o_server.worker.gpu.draws import draw_rows
+from d2o_server.worker.gpu.graphs import DecodeGraphs, Logits, batch_sizes, processors, workspace_for
+from d2o_server.worker.gpu.model import Forward
+from d2o_server.worker.gpu.step import AttentionOperator, Chunk, DecodePart, KernelStep, PrefillPart
+from d2o_server.worker.runner import Launched, Runner, Sampled, StepOutcome
+from d2o_server.worker.sampler import SampledBatch, no_numbers
+
+
+@dataclass(slots=True)
+class UnderWay:
+    """A step that the device is working on. ``tokens`` bring each sampled row's token and best logit."""
+
+    sequences: list[Sequence]
+    tokens: Download | None
+    settled: list[tuple[Sequence, int]] = field(default_factory=list)
+    failed: list[tuple[Sequence, ServerError]] = field(default_factory=list)
+
+    def wait(self) -> StepOutcome:
+        outcome = StepOutcome(settled=self.settled)
+        if self.tokens is not None:
+            ids, best = self.tokens.wait()
+            numbers = zip(self.sequences, ids.tolist(), best.float().tolist(), strict=True)
+            for row, (sequence, token, logit) in enumerate(numbers):
+                if math.isfinite(logit):
+                    outcome.sampled.append(Sampled(sequence, token, None))
+                else:
+                    outcome.failed.append((sequence, no_numbers(row, logit)))
+        for sequence, error in self.failed:
+            outcome.fail(sequence, error)
+        return outcome
+
+
+@dataclass(slots=True)
+class Known:
+    """A step whose tokens the host has chosen itself."""
+
+    sequences: list[Sequence]
+    batch: SampledBatch
+    settled: list[tuple[Sequence, int]] = field(default_factory=list)
+    failed: list[tuple[Sequence, ServerError]] = field(default_factory=list)
+
+    def wait(self) -> StepOutcome:
+        outcome = StepOutcome(settled=self.settled)
+        for row, sequence in enumerate(self.sequences):
+            if row in self.batch.failures:
+                outcome.failed.append((sequence, self.batch.failures[row]))
+            else:
+                outcome.sampled.append(Sampled(sequence, self.batch.token_ids[row], self.batch.logprobs[row]))
+        for sequence, error in self.failed:
+            outcome.fail(sequence, error)
+        return outcome
+
+
+class KernelRunner(Runner):
+    """Runs steps by kernels over a mirrored pool."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        operator: AttentionOperator,
+        caches: CacheManager,
+        ops: KernelCacheOps,
+        *,
+        vocabulary_size: int,
+        max_sequences: int,
+    ) -> None:
+        super().__init__(caches, vocabulary_size)
+        self._forward, self._operator, self._ops = forward, operator, ops
+        self._most = max_sequences
+        self._workspace = workspace_for(ops, caches.query_heads, max(2, max_sequences))
+        self._last_token = torch.zeros(caches.pool.used.shape[1], dtype=torch.int64, device=caches.pool.device)
+        self._graphs = DecodeGraphs(forward, operator, ops, self._workspace, self._last_token, max_sequences)
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[str], None]) -> None:
+        """Captures decode steps of all batch sizes in CUDA graphs."""
+        self._graphs.capture(batch_sizes(self._most), progress)
+
+    @property
+    def depth(self) -> int:
+        """One step ahead, unless a sequence's next token depends on those before in a way that only the host knows."""
+        return 0 if any(running.sampling.needs_host for running in self.running.values()) else 1
+
+    def _run(self, plan: StepPlan, scored: set[int]) -> Launched:
+        rows = self._rows(plan.decode)
+        prompt_rows = self._rows(tuple(part.sequence for part in plan.prefill))
+        starts = self.caches.seen[prompt_rows]
+        counts = torch.tensor([1] * len(plan.decode) + [part.count for part in plan.prefill])
+        self.caches.append(torch.cat([rows, prompt_rows]), counts)
+        self._ops.sync_table()
+        result = None
+        if not plan.prefill and not scored:
+            result = self._graphs.run(
+                rows, self.caches.seen[rows] - 1, self.caches.pool.used[:, rows], scored=self._keeps_scores(plan)
+            )
+        if result is None:
+            result = self._eager(plan, rows, prompt_rows, starts, scored)
+        return self._sample(plan.sampled, result)
+
+    def _keeps_scores(self, plan: StepPlan) -> bool:
+        return any(self.running[sequence.id].cache.config.enabled for sequence in plan.decode)
+
+    def _eager(self, plan: StepPlan, rows: Tensor, prompt_rows: Tensor, starts: Tensor, scored: set[int]) -> Logits:
+        """The step without a graph. Its first tokens are the decoding sequences' newest."""
+        device = self.caches.pool.device
+        decode = self._decode_part(plan, rows, scored) if plan.decode else None
+        prefill = self._prefill_part(plan.prefill, prompt_rows, starts, len(plan.decode)) if plan.prefill else None
+        ids, positions = [], []
+        if decode is not None:
+            ids.append(self._last_token[decode.rows.long()])
+            positions.append(decode.positions)
+        if prefill is not None:
+            prompts = [part.sequence.prompt[part.start : part.start + part.count] for part in plan.prefill]
+            ids.append(upload(torch.tensor([token for prompt in prompts for token in prompt]), device))
+            positions.append(prefill.positions)
+        keep = list(range(len(plan.decode)))
+        keep += (
+            [chunk.end - 1 for chunk, part in zip(prefill.chunks, plan.prefill, strict=True) if part.last]
+            if prefill
+            else []
+        )
+        step = KernelStep(self._ops.paged, self._ops.table, decode, prefill)
+        with self._operator.running(step):
+            # One row would be compiled for itself: two are always asked for.
+            asked = keep + [0] * (2 - len(keep))
+            logits = self._forward(
+                torch.cat(ids)[None], torch.cat(positions).long()[None], upload(torch.tensor(asked), device),
+                self._operator.step,
+            )  # fmt: skip
+        return Logits.of(logits).first(len(keep))
+
+    def _decode_part(self, plan: StepPlan, rows: Tensor, scored: set[int]) -> DecodePart:
+        pool, batch = self.caches.pool, rows.numel()
+        packed = torch.cat([torch.stack([rows, self.caches.seen[rows] - 1]), pool.used[:, rows]]).int()
+        on_device = upload(packed, pool.device)
+        plans = plan_decode(on_device[2:], items=decode_items(batch, pool.kv_heads, processors(pool.device)))
+        keeps = self._keeps_scores(plan)
+        return DecodePart(on_device[0], on_device[1], plans, self._workspace, bias=keeps, score=keeps, scored=scored)
+
+    def _prefill_part(self, parts: tuple[PrefillSlice, ...], rows: Tensor, starts: Tensor, first: int) -> PrefillPart:
+        counts = torch.tensor([part.count for part in parts])
+        owner = torch.arange(len(parts)).repeat_interleave(counts)
+        places = starts[owner] + torch.arange(owner.numel()) - (counts.cumsum(0) - counts)[owner]
+        packed = upload(torch.stack([rows[owner], places]).int(), self.caches.pool.device)
+        ends = (first + counts.cumsum(0)).tolist()
+        chunks = tuple(
+            Chunk(end - part.count, end, part.start, row, self._targets(part.sequence))
+            for part, end, row in zip(parts, ends, rows.tolist(), strict=True)
+        )
+        return PrefillPart(packed[0], packed[1], packed[1], chunks)
+
+    def _sample(self, sequences: list[Sequence], result: Logits) -> Launched:
+        """Chooses the tokens and leaves them where the next step reads them."""
+        if not sequences:
+            return UnderWay([], None)
+        device = self.caches.pool.device
+        running = [self.running[sequence.id] for sequence in sequences]
+        rows = upload(torch.tensor([each.cache.row for each in running]), device)
+        states = [each.sampling for each in running]
+        if any(state.needs_host for state in states):
+            batch = self.sampler.sample(result.logits, states)
+            self._last_token[rows] = upload(torch.tensor(batch.token_ids).clamp_(min=0), device)
+            return Known(sequences, batch)
+        ids = draw_rows(result, states)
+        for state in states:
+            state.generated += 1
+        self._last_token[rows] = ids
+        return UnderWay(sequences, Download.start(ids, result.best))

@@ -1,0 +1,39 @@
+"""A first request of our own: the next one finds everything in place, and a broken model is found now."""
+
+from __future__ import annotations
+
+from d2o.config import D2OConfig, Policy
+from d2o_server.engine.messages import Failed, Submit
+from d2o_server.engine.types import SamplingParams
+from d2o_server.errors import StartupError
+from d2o_server.worker.core import WorkerCore
+
+PROMPT, OUTPUT = 4, 2
+"""Tokens of the shortest warm-up: every pool must hold them."""
+
+_NONE = D2OConfig(policy=Policy.NONE)
+
+
+def warm_up(core: WorkerCore, *, prompt: int = PROMPT, output: int = OUTPUT, config: D2OConfig = _NONE) -> None:
+    """Runs a prompt of ``prompt`` tokens and ``output`` tokens after it.
+
+    Raises:
+        StartupError: the model could not.
+    """
+    vocabulary = core.runner.vocabulary_size
+    core.handle(
+        Submit(
+            id="warm-up",
+            prompt=tuple(index % vocabulary for index in range(prompt)),
+            sampling=SamplingParams(ignore_end_of_text=True),
+            seed=0,
+            config=config,
+            end_ids=(),
+            max_new_tokens=output,
+        )
+    )
+    failed: list[Failed] = []
+    while core:
+        failed += core.step().failed
+    if failed:
+        raise StartupError(f"the model failed its first forward pass: {failed[0].message}")

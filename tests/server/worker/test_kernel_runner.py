@@ -1,0 +1,98 @@
+"""The GPU's worker, kernels interpreted on a CPU where there is no GPU, against the worker in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from d2o.config import D2OConfig
+from d2o_server.engine.types import SamplingParams
+from d2o_server.models.describe import describe
+from d2o_server.settings import worker_settings
+from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.gpu.build import assemble
+from d2o_server.worker.gpu.model import forward_of, join_projections
+from d2o_server.worker.gpu.step import AttentionOperator
+from d2o_server.worker.pool_plan import PoolPlan
+from tests.server.worker.conftest import NONE, PAGE, Answer, Harness, load, random_prompts, served_model
+
+NEW = 7
+# Interpreted, a step takes seconds: these two go through every kernel, the first at a prompt's end and again in decode.
+POLICIES = {
+    "default": D2OConfig(min_budget=1, ratio=0.3, evict_interval=3),
+    "late": D2OConfig(budget_tokens=46, evict_interval=4),
+}
+
+
+def kernel_core(model: nn.Module, *, pages: int = 400, chunk: int = 64, sequences: int = 8) -> WorkerCore:
+    settings = worker_settings(
+        model="random:tiny-llama",
+        dtype="float32",
+        page_size=PAGE,
+        max_sequences=sequences,
+        prefill_tokens=chunk,
+        max_model_len=512,
+        check_integrity=True,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = PoolPlan.of(settings, describe(model.config), torch.float32, device)  # type: ignore[arg-type]
+    return assemble(plan, forward_of(model.to(device), compiled=False), AttentionOperator(), pages)
+
+
+class KernelHarness(Harness):
+    """A harness over the GPU's worker."""
+
+    def __init__(self, name: str = "tiny-llama", *, chunk: int = 64) -> None:
+        self.model = load(name, "d2o")
+        join_projections(self.model)
+        self.core = kernel_core(self.model, chunk=chunk)
+        self.pool = self.core.runner.caches.pool
+        self.answers: dict[str, Answer] = {}
+
+    def holds_nothing(self) -> bool:
+        state = self.core.pool_state()
+        # One row pads batches.
+        rows = self.pool.free_rows == self.pool.used.shape[1] - 1
+        return (state.used, state.reserved, state.running) == (0, 0, 0) and rows and not self.core.runner.running
+
+
+def answers(
+    harness: Harness, prompts: Sequence[list[int]], config: D2OConfig, sampling: SamplingParams | None = None
+) -> list[Answer]:
+    for index, prompt in enumerate(prompts):
+        harness.submit(prompt, config, seed=index, new=NEW, sampling=sampling)
+    return list(harness.run().values())
+
+
+def assert_alike(kernel: list[Answer], torch_answers: list[Answer]) -> None:
+    for ours, theirs in zip(kernel, torch_answers, strict=True):
+        assert ours.failure is None
+        assert ours.tokens == theirs.tokens
+        assert ours.facts is not None
+        assert theirs.facts is not None
+        for a, b in zip(ours.facts.layers, theirs.facts.layers, strict=True):
+            assert (a.budget, a.kept) == (b.budget, b.kept)
+            assert a.merged == pytest.approx(b.merged)
+            assert a.dropped == pytest.approx(b.dropped)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_kernels_give_the_tokens_of_plain_torch(name: str) -> None:
+    prompts = random_prompts((45, 21), seed=9)
+    expected = answers(Harness(served_model("tiny-llama")), prompts, POLICIES[name])
+    assert_alike(answers(KernelHarness(chunk=32), prompts, POLICIES[name]), expected)
+    assert any(layer.merged or layer.dropped for answer in expected if answer.facts for layer in answer.facts.layers)
+
+
+def test_drawn_tokens_are_those_of_the_host() -> None:
+    """Drawn on the device without the host, and by the host where penalties need the history."""
+    prompts = random_prompts((9,), seed=4)
+    for sampling in (
+        SamplingParams(temperature=0.9, top_p=0.9, top_k=40),
+        SamplingParams(temperature=1.2, repetition_penalty=1.3, logprobs=2),
+    ):
+        expected = answers(Harness(served_model("tiny-llama")), prompts, NONE, sampling)
+        assert_alike(answers(KernelHarness(), prompts, NONE, sampling), expected)
