@@ -56,7 +56,7 @@ def load_model(
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of the weights that every step reads whole: all but an embedding that is not the output's too."""
-    embedding: torch.nn.Module = model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    embedding: torch.nn.Module = model.get_input_embeddings()
     head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     kept = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     looked_up = {id(parameter) for parameter in embedding.parameters()} - kept

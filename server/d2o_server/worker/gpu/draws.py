@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2o_server.worker.distribution import Filters, draw, draw_whole, pad_vocabulary
 from d2o_server.worker.gpu.device import upload
-from d2o_server.worker.gpu.graphs import Logits
+from d2o_server.worker.gpu.model import Logits
 from d2o_server.worker.sampler import SamplingState
 
 _ELEMENTS_AT_ONCE = 2**23

@@ -10,29 +10,12 @@ import torch
 from torch import Tensor
 
 from d2o.kernels.decode import DecodePlan, DecodeWorkspace, decode_items, plan_decode
-from d2o_server.worker.distribution import greedy, pad_vocabulary
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.device import upload
-from d2o_server.worker.gpu.model import Forward
+from d2o_server.worker.gpu.model import Forward, Logits
 from d2o_server.worker.gpu.step import AttentionOperator, DecodePart, KernelStep
 
 _WARM_UP_RUNS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Logits:
-    """What a step's forward pass leaves: logits [rows, vocabulary], the best token of each row and its logit."""
-
-    logits: Tensor
-    best_ids: Tensor
-    best: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor) -> Logits:
-        return cls(logits, *greedy(pad_vocabulary(logits)))
-
-    def first(self, rows: int) -> Logits:
-        return Logits(self.logits[:rows], self.best_ids[:rows], self.best[:rows])
 
 
 class DecodeInputs:
@@ -146,8 +129,7 @@ class DecodeGraphs:
         keep = torch.arange(size, device=rows.device)
         with self._operator.running(step):
             ids = self._last_token[rows.long()]
-            logits = self._forward(ids[None], positions.long()[None], keep, self._operator.step)
-        result = Logits.of(logits)
+            result = self._forward(ids[None], positions.long()[None], keep, self._operator.step)
         self._last_token[rows.long()] = result.best_ids
         return result
 

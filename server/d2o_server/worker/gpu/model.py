@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from d2o_server.worker.distribution import greedy, pad_vocabulary
 from d2o_server.worker.gpu.step import OperatorStep
 
-Forward = Callable[[Tensor, Tensor, Tensor, OperatorStep], Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor, OperatorStep], "Logits"]
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class SharedProjection(nn.Module):
-    """One of several linear layers of the same input, whose weights stand in one matrix.
+class JoinedProjection:
+    """Linear layers of one input whose weights stand in one matrix: one product serves all of them.
 
-    Compiled, each of them is the whole product and a slice of it; the compiler sees that the products are one.
+    The first layer that is asked computes it and the others take their parts; ``_input`` tells whether they were
+    asked about the same input. After the last one nothing is held.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, begin: int, end: int) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, sizes: Sequence[int]) -> None:
+        self.weight, self.bias, self.sizes = weight, bias, list(sizes)
+        self._input: Tensor | None = None
+        self._parts: tuple[Tensor, ...] = ()
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """Layer ``index`` of ``x`` [..., in_features]."""
+        if self._input is not x:
+            self._parts = nn.functional.linear(x, self.weight, self.bias).split(self.sizes, -1)
+            self._input = x
+        part = self._parts[index]
+        if index == len(self.sizes) - 1:
+            self._input, self._parts = None, ()
+        return part
+
+
+class SharedProjection(nn.Module):
+    """One layer of a :class:`JoinedProjection`."""
+
+    def __init__(self, joined: JoinedProjection, index: int) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
-        self.begin, self.end = begin, end
+        self.weight, self.bias = joined.weight, joined.bias
+        self.joined, self.index = joined, index
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return nn.functional.linear(x, self.weight, self.bias)[..., self.begin : self.end]
-        part = slice(self.begin, self.end)
-        return nn.functional.linear(x, self.weight[part], None if self.bias is None else self.bias[part])
+        return self.joined.part(x, self.index)
 
 
 @torch.no_grad()
@@ -57,24 +76,34 @@ def _join(module: nn.Module, names: Sequence[str], parts: Sequence[nn.Linear]) -
     weight = nn.Parameter(torch.cat([part.weight.data for part in parts]), requires_grad=False)
     biases = [part.bias.data for part in parts if part.bias is not None]
     bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-    begin = 0
-    for name, part in zip(names, parts, strict=True):
-        setattr(module, name, SharedProjection(weight, bias, begin, begin + part.out_features))
-        begin += part.out_features
+    joined = JoinedProjection(weight, bias, [part.out_features for part in parts])
+    for index, name in enumerate(names):
+        setattr(module, name, SharedProjection(joined, index))
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What a forward pass leaves: logits [rows, vocabulary], the best token of each row and its logit."""
+
+    logits: Tensor
+    best_ids: Tensor
+    best: Tensor
+
+    def first(self, rows: int) -> Logits:
+        return Logits(self.logits[:rows], self.best_ids[:rows], self.best[:rows])
 
 
 def forward_of(model: nn.Module, *, compiled: bool) -> Forward:
     """The model as a function of input_ids [1, tokens], position_ids [1, tokens], rows to keep [n] and the step.
 
-    It returns the logits [n, vocabulary] of the kept rows. One compiled form serves all numbers of tokens but one.
+    Compiled, one form serves all numbers of tokens and of rows but 1, for which another would be made.
     """
 
-    def forward(input_ids: Tensor, position_ids: Tensor, keep: Tensor, step: OperatorStep) -> Tensor:
+    def forward(input_ids: Tensor, position_ids: Tensor, keep: Tensor, step: OperatorStep) -> tuple[Tensor, ...]:
         out = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, step=step)
         logits: Tensor = out.logits[0]
-        return logits
+        return logits, *greedy(pad_vocabulary(logits))
 
-    if not compiled:
-        return forward
-    made: Forward = torch.compile(forward, fullgraph=True, dynamic=True)
-    return made
+    # The step is the same object every time, and so are its guards.
+    run = torch.compile(forward, fullgraph=True, dynamic=True) if compiled else forward
+    return lambda input_ids, position_ids, keep, step: Logits(*run(input_ids, position_ids, keep, step))

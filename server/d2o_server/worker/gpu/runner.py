@@ -17,8 +17,8 @@ from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.device import Download, upload
 from d2o_server.worker.gpu.draws import draw_rows
-from d2o_server.worker.gpu.graphs import DecodeGraphs, Logits, batch_sizes, processors, workspace_for
-from d2o_server.worker.gpu.model import Forward
+from d2o_server.worker.gpu.graphs import DecodeGraphs, batch_sizes, processors, workspace_for
+from d2o_server.worker.gpu.model import Forward, Logits
 from d2o_server.worker.gpu.step import AttentionOperator, Chunk, DecodePart, KernelStep, PrefillPart
 from d2o_server.worker.runner import Launched, Runner, Sampled, StepOutcome
 from d2o_server.worker.sampler import SampledBatch, no_numbers
@@ -121,9 +121,13 @@ class KernelRunner(Runner):
     def _eager(self, plan: StepPlan, rows: Tensor, prompt_rows: Tensor, starts: Tensor, scored: set[int]) -> Logits:
         """The step without a graph. Its first tokens are the decoding sequences' newest."""
         device = self.caches.pool.device
-        decode = self._decode_part(plan, rows, scored) if plan.decode else None
-        prefill = self._prefill_part(plan.prefill, prompt_rows, starts, len(plan.decode)) if plan.prefill else None
+        # A step of one token would be compiled for itself: a padding sequence makes it two.
+        padding = int(rows.numel() + sum(part.count for part in plan.prefill) == 1)
+        decoding = rows.numel() + padding
+        decode = self._decode_part(plan, rows, padding, scored) if decoding else None
+        prefill = self._prefill_part(plan.prefill, prompt_rows, starts, decoding) if plan.prefill else None
         ids, positions = [], []
+        keep = list(range(rows.numel()))
         if decode is not None:
             ids.append(self._last_token[decode.rows.long()])
             positions.append(decode.positions)
@@ -131,27 +135,22 @@ class KernelRunner(Runner):
             prompts = [part.sequence.prompt[part.start : part.start + part.count] for part in plan.prefill]
             ids.append(upload(torch.tensor([token for prompt in prompts for token in prompt]), device))
             positions.append(prefill.positions)
-        keep = list(range(len(plan.decode)))
-        keep += (
-            [chunk.end - 1 for chunk, part in zip(prefill.chunks, plan.prefill, strict=True) if part.last]
-            if prefill
-            else []
-        )
+            keep += [c.end - 1 for c, part in zip(prefill.chunks, plan.prefill, strict=True) if part.last]
         step = KernelStep(self._ops.paged, self._ops.table, decode, prefill)
+        # For the same reason two rows of logits are always asked for.
+        asked = upload(torch.tensor(keep + [0] * (2 - len(keep))), device)
         with self._operator.running(step):
-            # One row would be compiled for itself: two are always asked for.
-            asked = keep + [0] * (2 - len(keep))
-            logits = self._forward(
-                torch.cat(ids)[None], torch.cat(positions).long()[None], upload(torch.tensor(asked), device),
-                self._operator.step,
-            )  # fmt: skip
-        return Logits.of(logits).first(len(keep))
+            result = self._forward(torch.cat(ids)[None], torch.cat(positions).long()[None], asked, self._operator.step)
+        return result.first(len(keep))
 
-    def _decode_part(self, plan: StepPlan, rows: Tensor, scored: set[int]) -> DecodePart:
-        pool, batch = self.caches.pool, rows.numel()
-        packed = torch.cat([torch.stack([rows, self.caches.seen[rows] - 1]), pool.used[:, rows]]).int()
-        on_device = upload(packed, pool.device)
-        plans = plan_decode(on_device[2:], items=decode_items(batch, pool.kv_heads, processors(pool.device)))
+    def _decode_part(self, plan: StepPlan, rows: Tensor, padding: int, scored: set[int]) -> DecodePart:
+        pool = self.caches.pool
+        packed = torch.cat([torch.stack([rows, self.caches.seen[rows] - 1]), pool.used[:, rows]])
+        unused = torch.ones(packed.shape[0], padding, dtype=torch.int64)
+        unused[0], unused[1] = self._ops.padding_row, 0
+        on_device = upload(torch.cat([packed, unused], 1).int(), pool.device)
+        items = decode_items(rows.numel() + padding, pool.kv_heads, processors(pool.device))
+        plans = plan_decode(on_device[2:], items=items)
         keeps = self._keeps_scores(plan)
         return DecodePart(on_device[0], on_device[1], plans, self._workspace, bias=keeps, score=keeps, scored=scored)
 
