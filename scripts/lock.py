@@ -1,7 +1,7 @@
 """Resolves both distributions and their development tools afresh and prints requirements.lock.
 
 Run by ``make lock``. Written for every platform that the project runs on: a version's local part (``+cpu``) is
-dropped, and what torch brings for the GPU of one platform (CUDA libraries, Triton) is left to torch itself.
+dropped, and what torch brings for the GPU of one platform (CUDA libraries) is left to torch itself.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECTS = (ROOT / "pyproject.toml", ROOT / "client" / "pyproject.toml")
-# A torch release that every platform has wheels for. Raise it here, then run `make lock`.
-HELD = ("torch==2.13.0",)
-BROUGHT_BY_TORCH = ("nvidia-", "cuda-", "triton")
+# A torch release that every platform has wheels for, and the Triton that its GPU wheels ask for. Raise them here
+# together, then run `make lock`.
+HELD = ("torch==2.13.0", "triton==3.7.1")
+BROUGHT_BY_TORCH = ("nvidia-", "cuda-")
 
 
 def requirements(project: Path) -> list[str]:
