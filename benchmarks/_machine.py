@@ -64,7 +64,12 @@ def _memory_gib() -> float:
 
 
 def _commit() -> str:
-    """The commit that runs, marked where tracked source files differ from it; ``unknown`` outside a checkout."""
+    """The commit that runs, marked where tracked source files differ from it; ``unknown`` outside a checkout.
+
+    ``BENCHMARK_COMMIT`` names it where the code was copied to a machine without its history.
+    """
+    if given := os.environ.get("BENCHMARK_COMMIT"):
+        return given
     try:
         commit = _git("rev-parse", "HEAD")
         changed = _git(

@@ -1,7 +1,7 @@
 """How much of the GPU's read bandwidth does paged decode attention reach, with scores and without?
 
-Llama-3.1-8B's attention (32 query heads, 8 KV heads, head 128, bfloat16), pages scattered over the pool. The kernels
-are first compared with their torch twin. Times are medians of CUDA graph replays over several layers, so that nothing
+Llama-3.1-8B's attention (32 query heads, 8 KV heads, head 128, bfloat16), pages scattered over the pool. The kernel
+is first compared with its torch twin. Times are medians of CUDA graph replays over several layers, so that nothing
 is still in the cache; bytes are those that must move: keys, values, with scores the score read and written, with
 biases the bias. Writes ``decode_attention_gpu.json``.
 """
@@ -10,53 +10,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from benchmarks._gpu import RESULTS, Ceilings, GpuFacts, time_graph, write_result
-from d2o.kernels.decode import (
-    DecodeConfig,
-    DecodePlan,
-    DecodeWorkspace,
-    decode_attention,
-    decode_items,
-    plan_decode,
-)
-from d2o.kernels.paged import PagedTensors
-from d2o.kernels.reference import decode as reference
+from benchmarks._decode import Batch, Heads, Shape, check, check_replays
+from benchmarks._gpu import RESULTS, Ceilings, write_result
 
 _LAYER_BYTES = 2e9
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """An attention's shape."""
-
-    kv_heads: int = 8
-    group: int = 4
-    head_dim: int = 128
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def slot_bytes(self) -> int:
-        """Keys and values of one slot, over all KV heads."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """One batch: the slots of each sequence. ``target`` is the share of the read bandwidth to reach with scores."""
-
-    name: str
-    lengths: tuple[int, ...]
-    page_size: int = 32
-    target: float | None = None
 
 
 SHAPES = (
@@ -69,129 +33,31 @@ SHAPES = (
     Shape("64 x 512", (512,) * 64),
     Shape("1 x 32768", (32768,)),
 )
-MODES = {
+MODES: dict[str, dict[str, bool]] = {
     "plain": {"score": False, "bias": False},
     "scores": {"score": True, "bias": False},
     "scores, biases": {"score": True, "bias": True},
 }
-SWEEP: tuple[dict[str, Any], ...] = (
+# Changes to DecodeConfig; ``waves``, ``worth`` and ``page_size`` change the split and the pool.
+SWEEP: tuple[dict[str, int | bool], ...] = (
     {},
-    {"block": 32},
-    {"block": 32, "stages": 5},
-    {"block": 128},
-    {"block": 128, "stages": 2},
-    {"stages": 2},
+    {"warps": 1},
+    {"warps": 4},
+    {"warps": 4, "score_slots": 1024},
     {"stages": 4},
-    {"pin_stash": False},
-    {"warps": 2},
-    {"warps": 8},
-    {"combine_slots": 256},
-    {"combine_slots": 1024},
-    {"combine_slots": 1024, "combine_warps": 8},
+    {"page_size": 64},
+    {"page_size": 64, "warps": 4},
+    {"page_size": 64, "stages": 4},
+    {"page_size": 64, "block": 32},
     {"waves": 4},
-    {"waves": 6},
-    {"waves": 12},
     {"waves": 16},
+    {"worth": 1024},
+    {"waiting": 0},
+    {"waiting": 4},
+    {"score_stages": 3, "score_slots": 256},
+    {"pin_stash": False},
+    {"descriptors": False},
 )
-
-
-class Batch:
-    """A pool filled at random, its tables, and one new token a sequence."""
-
-    def __init__(self, shape: Shape, heads: Heads, *, layers: int) -> None:
-        self.shape, self.heads, self.layers = shape, heads, layers
-        batch, page = len(shape.lengths), shape.page_size
-        columns = -(-max(shape.lengths) // page)
-        needed = [-(-length // page) for length in shape.lengths]
-        pages = layers * sum(needed)
-        order = torch.randperm(pages, dtype=torch.int32)
-        table, at = torch.zeros(layers, batch, columns, dtype=torch.int32), 0
-        for layer in range(layers):
-            for row, count in enumerate(needed):
-                table[layer, row, :count] = order[at : at + count]
-                at += count
-        self.table = table.cuda()
-        slots = (pages, heads.kv_heads, page)
-        k, v = (torch.randn(*slots, heads.head_dim, dtype=heads.dtype, device="cuda") for _ in range(2))
-        position = torch.randint(0, max(shape.lengths), slots, dtype=torch.int32, device="cuda")
-        score, bias = torch.zeros(slots, device="cuda"), torch.rand(slots, device="cuda")
-        self.pool = PagedTensors(k, v, score, position, bias)
-        self.rows = torch.arange(batch, dtype=torch.int32, device="cuda")
-        self.lengths = torch.tensor([shape.lengths] * layers, dtype=torch.int32, device="cuda")
-        self.positions = self.lengths[0].clone()
-        hidden = (batch, heads.kv_heads, heads.head_dim)
-        self.q = 2 * torch.randn(batch, heads.kv_heads * heads.group, heads.head_dim, device="cuda").to(heads.dtype)
-        self.k_new, self.v_new = (torch.randn(hidden, device="cuda").to(heads.dtype) for _ in range(2))
-
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, PagedTensors, Tensor, Tensor, Tensor]:
-        return self.q, self.k_new, self.v_new, self.pool, self.table, self.rows, self.positions
-
-    def workspace(self, items: int) -> DecodeWorkspace:
-        heads = self.heads
-        return DecodeWorkspace.allocate(
-            batch=len(self.shape.lengths),
-            items=items,
-            heads=heads.kv_heads * heads.group,
-            kv_heads=heads.kv_heads,
-            head_dim=heads.head_dim,
-            slots=sum(self.shape.lengths),
-            device="cuda",
-        )
-
-    def items(self, **waves: int) -> int:
-        return decode_items(len(self.shape.lengths), self.heads.kv_heads, GpuFacts.read().processors, **waves)
-
-    def rule(self, **changed: Any) -> dict[str, Any]:
-        return {"scale": self.heads.head_dim**-0.5, "window": None, "softcap": None} | changed
-
-    def time(self, mode: dict[str, bool], config: DecodeConfig | None = None, **waves: int) -> float:
-        """Milliseconds of one layer's attention."""
-        plan = plan_decode(self.lengths, items=self.items(**waves))
-        workspace, rule = self.workspace(plan.items), self.rule(**mode)
-
-        def attend(layer: int) -> Tensor:
-            return decode_attention(*self.inputs, plan, layer, workspace=workspace, config=config, **rule)
-
-        return time_graph([partial(attend, layer) for layer in range(self.layers)])
-
-    def time_plan(self) -> float:
-        """Milliseconds to plan a step of 32 layers."""
-        lengths = self.lengths[:1].repeat(32, 1)
-        plan = DecodePlan.empty(lengths, self.items())
-        return time_graph([lambda: plan_decode(lengths, items=plan.items, out=plan)] * 8)
-
-    def necessary_bytes(self, mode: dict[str, bool]) -> int:
-        extra = self.heads.kv_heads * (8 * mode["score"] + 4 * mode["bias"])
-        return sum(self.shape.lengths) * (self.heads.slot_bytes + extra)
-
-
-def check(heads: Heads, **rule: Any) -> dict[str, float]:
-    """Largest differences to the twin in float32 on the same values, on fresh data; raises where they are too large."""
-    batch = Batch(Shape("check", (5000, 1, 700, 64, 31)), heads, layers=2)
-    rule = batch.rule(score=True, bias=True, **rule)
-    pool = batch.pool
-    pool.score.uniform_()
-    copy = PagedTensors(pool.k.float(), pool.v.float(), pool.score.clone(), pool.position.clone(), pool.bias.clone())
-    new = (batch.q.float(), batch.k_new.float(), batch.v_new.float(), copy)
-    expected = reference.decode_attention(*new, *batch.inputs[4:], batch.lengths, 1, **rule)
-    plan = plan_decode(batch.lengths, items=batch.items())
-    workspace = batch.workspace(plan.items)
-    for scratch in (workspace.partial, workspace.peak, workspace.total, workspace.stash, workspace.stash_peak):
-        scratch.fill_(float("nan"))
-    out = decode_attention(*batch.inputs, plan, 1, workspace=workspace, **rule)
-    exact = heads.dtype == torch.float32
-    torch.testing.assert_close(pool.score, copy.score, rtol=1e-3, atol=1e-6)
-    for name in ("k", "v", "bias", "position"):
-        torch.testing.assert_close(
-            getattr(pool, name).to(getattr(copy, name).dtype), getattr(copy, name), rtol=0, atol=0
-        )
-    error = float((out.float() - expected).norm() / expected.norm())
-    if not error < (1e-5 if exact else 1e-2):
-        raise AssertionError(f"{heads}: relative error {error}")
-    return {"output_relative_norm": error, "score_largest": float((pool.score - copy.score).abs().max())}
-
-
 CHECKS: tuple[tuple[Heads, dict[str, Any]], ...] = (
     (Heads(), {}),
     (Heads(group=3, head_dim=64, dtype=torch.float16), {"window": 900, "softcap": 20.0}),
@@ -200,12 +66,16 @@ CHECKS: tuple[tuple[Heads, dict[str, Any]], ...] = (
 )
 
 
+def _layers(shape: Shape) -> int:
+    """Layers whose caches together are far larger than the L2 cache."""
+    return min(32, max(2, -int(-_LAYER_BYTES // (sum(shape.lengths) * Heads().slot_bytes))))
+
+
 def time_shapes(ceilings: Ceilings) -> list[dict[str, Any]]:
     """One row a shape and mode."""
     rows = []
     for shape in SHAPES:
-        size = sum(shape.lengths) * Heads().slot_bytes
-        batch = Batch(shape, Heads(), layers=min(32, max(2, -int(-_LAYER_BYTES // size))))
+        batch = Batch(shape, Heads(), layers=_layers(shape))
         plan_us = 1e3 * batch.time_plan()
         for name, mode in MODES.items():
             milliseconds = batch.time(mode)
@@ -225,26 +95,38 @@ def time_shapes(ceilings: Ceilings) -> list[dict[str, Any]]:
 
 
 def sweep(ceilings: Ceilings) -> list[dict[str, Any]]:
-    """The default configuration and its neighbours, with scores and biases."""
+    """The default and its neighbours: share of the read bandwidth, plain / with scores and biases."""
     rows = []
-    default = DecodeConfig.choose(Heads().head_dim, Heads().dtype)
-    batches = [Batch(shape, Heads(), layers=2) for shape in (SHAPES[0], SHAPES[2], SHAPES[3])]
-    mode = MODES["scores, biases"]
+    shapes = [replace(shape, page_size=page) for page in (32, 64) for shape in SHAPES if shape.name in _SWEPT]
+    batches = [Batch(shape, Heads(), layers=_layers(shape)) for shape in shapes]
     for changes in SWEEP:
-        waves = {name: value for name, value in changes.items() if name == "waves"}
-        config = replace(default, **{name: value for name, value in changes.items() if name != "waves"})
-        row: dict[str, Any] = asdict(config) | waves
-        for batch in batches:
-            try:
-                milliseconds = batch.time(mode, config, **waves)
-            except OutOfResources as error:
-                row[batch.shape.name] = str(error).partition("\n")[0]
-                continue
-            row[batch.shape.name] = batch.necessary_bytes(mode) / milliseconds / 1e9 / ceilings.read_tb_s
+        split = {name: int(value) for name, value in changes.items() if name in ("waves", "worth")}
+        page = int(changes.get("page_size", 32))
+        config = {name: value for name, value in changes.items() if name not in ("waves", "worth", "page_size")}
+        row: dict[str, Any] = {"changes": changes}
         rows.append(row)
-        shares = (f"{value:.1%}" if isinstance(value, float) else str(value) for value in row.values())
-        print("  ".join(shares), changes, flush=True)
+        try:
+            check(Heads(), page, config)
+            for batch in batches:
+                if batch.shape.page_size == page:
+                    row[batch.shape.name] = _shares(batch, config, split, ceilings)
+        except (OutOfResources, AssertionError) as error:
+            row["error"] = str(error).partition("\n")[0]
+        text = ("/".join(f"{value:.1%}" for value in each) for name, each in row.items() if name in _SWEPT)
+        print("  ".join(text), row.get("error", ""), changes, flush=True)
     return rows
+
+
+_SWEPT = (*(shape.name for shape in SHAPES if shape.target), "64 x 512")
+
+
+def _shares(batch: Batch, config: dict[str, Any], split: dict[str, int], ceilings: Ceilings) -> list[float]:
+    """Shares of the read bandwidth, plain and with scores and biases."""
+    modes = (MODES["plain"], MODES["scores, biases"])
+    times = [batch.time(mode, batch.config(**config), **split) for mode in modes]
+    return [
+        batch.necessary_bytes(mode) / time / 1e9 / ceilings.read_tb_s for mode, time in zip(modes, times, strict=True)
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -260,9 +142,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         facts = {"heads": str(heads), "rule": rule} | check(heads, **rule)
         checks.append(facts)
         print(facts, flush=True)
+    replays = check_replays()
+    print("replays", replays, flush=True)
     ceilings = Ceilings.measure()
     print(ceilings, flush=True)
-    result: dict[str, Any] = {"checks": checks, "ceilings": asdict(ceilings), "rows": time_shapes(ceilings)}
+    result: dict[str, Any] = {
+        "checks": checks,
+        "replays": replays,
+        "ceilings": asdict(ceilings),
+        "rows": time_shapes(ceilings),
+    }
     path = write_result(given.out, "decode_attention_gpu", result)
     if not given.no_sweep:
         path = write_result(given.out, "decode_attention_gpu", result | {"sweep": sweep(ceilings)})

@@ -20,6 +20,15 @@ from d2o.config import D2OConfig, Policy
 NONE = D2OConfig(policy=Policy.NONE)
 SHAPES = ((128, 6592), (64, 512), (256, 1024))
 _STEPS = 64
+_PROFILED = 16
+_BATCHES = (1, 4, 16, 32, 64, 128, 192, 256)
+# Names of kernels by what they do; the rest is normalisation, rotation, activation and sampling.
+_KINDS = {
+    "attention": ("attend_kernel", "combine_kernel", "plan_kernel"),
+    "matrices": ("nvjet", "gemm", "cublas", "splitK", "cutlass"),
+    "eviction": ("_cut_kernel", "cut_kernel", "keys_kernel", "split_kernel", "direct_kernel", "fold_kernel",
+                 "move_kernel", "segments_kernel", "sort", "Sort"),
+}  # fmt: skip
 _NEVER = 1 << 40
 
 
@@ -56,8 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["first_token"] = [
             _first_token(worker, options.prompt, config) for config in (NONE, D2OConfig(ratio=0.2, min_budget=1024))
         ]
+    if options.concurrency:
+        result["concurrency"] = [_concurrency(worker, slots) for slots in (4096, 1024)]
     if options.profile:
-        _profile(worker, options.profile)
+        result["parts_ms"] = [_parts(worker, batch, slots, options.out) for batch, slots in SHAPES]
     print(_gpu.write_result(options.out, "engine_gpu", result))
 
 
@@ -71,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=int, default=32768, help="tokens of the prompt that is read; 0 for none")
     parser.add_argument("--graphs", action=switch, default=True)
     parser.add_argument("--compile", action=switch, default=True)
-    parser.add_argument("--profile", type=Path, help="file for a table of the kernels of some decode steps")
+    parser.add_argument("--concurrency", action=switch, default=True, help="decode rates of batches of many sizes")
+    parser.add_argument("--profile", action=switch, default=True, help="what a decode step is made of")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     return parser
 
@@ -127,18 +139,41 @@ def _first_token(worker: Any, tokens: int, config: D2OConfig) -> dict[str, Any]:
     return row
 
 
-def _profile(worker: Any, path: Path) -> None:
-    """The kernels of some decode steps with evictions, by time."""
+def _concurrency(worker: Any, slots: int) -> dict[str, Any]:
+    """Tokens a second of batches whose sequences hold ``slots`` slots a layer, without scores."""
     from benchmarks import _engine
 
-    batch, slots = SHAPES[0]
+    rates: dict[str, float] = {}
+    for batch in _BATCHES:
+        if batch > worker.core.scheduler.max_sequences:
+            break
+        with _engine.occupied(worker.core, sequences=batch, slots=slots, config=NONE, steps=64):
+            took = _engine.time_steps(worker.core, steps=24)
+        rates[str(batch)] = 1000 * batch / took.device_ms
+    print(slots, {batch: round(rate) for batch, rate in rates.items()}, flush=True)
+    return {"slots": slots, "tokens_per_second": rates}
+
+
+def _parts(worker: Any, batch: int, slots: int, out: Path) -> dict[str, Any]:
+    """Milliseconds of a decode step by kind of kernel, evictions included, and in which no kernel ran."""
+    from benchmarks import _engine
+
     config = D2OConfig(budget_tokens=slots - worker.core.shape.page_size)
     with _engine.occupied(worker.core, sequences=batch, slots=slots, config=config, steps=100):
         _engine.time_steps(worker.core, steps=8)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            _engine.time_steps(worker.core, steps=8, warm_up=0)
+            steps = _engine.time_steps(worker.core, steps=_PROFILED, warm_up=0)
+    parts = dict.fromkeys((*_KINDS, "other"), 0.0)
+    events = [event for event in profile.key_averages() if event.self_device_time_total]
+    for event in events:
+        kind = next((kind for kind, words in _KINDS.items() if any(word in event.key for word in words)), "other")
+        parts[kind] += event.self_device_time_total / 1000 / _PROFILED
+    idle = steps.device_ms - sum(parts.values())
     table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80)
-    path.write_text(table)
+    (out / f"engine_gpu_{batch}x{slots}.txt").write_text(table)
+    row = {"sequences": batch, "slots": slots, **parts, "idle": idle}
+    print(row, flush=True)
+    return row
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import math
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from benchmarks._server import RunningServer, open_client, server_process
 from d2o_client import AsyncClient, ModelInfo
 from d2o_client import Load as ServerLoad
 
+_GPU_MODEL = "random:llama-3.1-8b"
 _SAMPLE_SECONDS = 0.25
 _SETTLE_SECONDS = 10.0
 # Past the first eviction of a budget that the prompt fills.
@@ -276,7 +278,7 @@ def _rows(runs: dict[str, list[Run]]) -> list[tuple[object, ...]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark, writes JSON and prints a table."""
     parser = _cli.parser(__doc__ or "")
-    parser.set_defaults(model="random:llama-3.1-8b")
+    parser.set_defaults(model=_GPU_MODEL)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--policies", nargs="+", default=["none", "d2o"], choices=["none", "d2o"])
     parser.add_argument("--scale", type=float, default=1.0, help="of the workloads' numbers of requests")
@@ -285,7 +287,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--warm-up", type=int, default=4, help="short requests before each run; 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--name", default="throughput", help="of the file that is written")
-    benchmark = Benchmark(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    if options.model == _GPU_MODEL and shutil.which("nvidia-smi") is None:
+        print(f"throughput: {_GPU_MODEL} needs a GPU, and there is none here; --model takes a smaller one")
+        return
+    benchmark = Benchmark(options)
     path = asyncio.run(benchmark.run())
     _cli.print_table(_HEAD, _rows(benchmark.runs))
     print(f"written: {path.name}")

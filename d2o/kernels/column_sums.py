@@ -7,17 +7,21 @@ in registers, need no atomics and are the same in every run. Queries are numbere
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from d2o.attention import ScoreTarget
+from d2o.kernels.column_sums_kernels import column_sums_kernel
+from d2o.kernels.launch import Launcher, Options, eighths
 
 _LOG2E = math.log2(math.e)
+_LONG = 2048
+_PIPELINED_CHUNK = 1024
+launch = Launcher(column_sums_kernel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +30,46 @@ class Tiling:
 
     Attributes:
         keys, queries: of a tile; powers of two, and ``queries`` divides the sampling block or is a multiple of it.
-        warps, stages: of Triton's launch; stages of the loop over whole tiles.
+        warps, stages: of the launch; stages of the loop over whole tiles.
         fold: add a tile's columns up at once instead of after the loop: half the registers, a few shuffles a tile.
         poly: so many eighths of the exponentials are polynomials (relative error 1e-4), which leaves the special
             function units to the rest.
         registers: most of a thread, so that more programs share a processor; None leaves it to the compiler.
+        pipelined: use the kernel that multiplies a tile while it takes the exponentials of the one before, where the
+            device and the attention allow it (:mod:`d2o.kernels.column_sums_hopper`).
+        ordered: of the pipelined kernel: issue a whole product before the first exponential, instead of mixing them.
     """
 
-    keys: int = 256
-    queries: int = 64
+    keys: int = 128
+    queries: int = 128
     warps: int = 8
-    stages: int = 3
+    stages: int = 2
     fold: bool = True
     poly: int = 0
     registers: int | None = 128
+    pipelined: bool = False
+    ordered: bool = True
 
     @classmethod
-    def default(cls, dtype: torch.dtype, head_dim: int, tokens: int) -> Tiling:
+    def default(cls, dtype: torch.dtype, head_dim: int, tokens: int, stride: int = 1) -> Tiling:
         """What suits the shape; ``tokens`` are the keys, of which a short prompt needs smaller blocks."""
         if dtype == torch.float32:
             return cls(keys=64, queries=32, warps=4, stages=1, registers=None)
         if head_dim > 128:
-            return cls(keys=64, warps=4, stages=2, registers=None)
-        return cls() if tokens > 2048 else cls(keys=64, warps=4, registers=None)
+            return cls(keys=64, queries=64, warps=4, stages=2, registers=None)
+        if tokens <= _LONG:
+            return SHORT
+        return replace(PIPELINED, queries=64) if stride > 1 else PIPELINED
+
+    def without_pipeline(self, stride: int) -> Tiling:
+        """The same work for the kernel of every device."""
+        if stride > 1:
+            return Tiling(keys=128, queries=64, warps=4, stages=2, fold=False, registers=None)
+        return Tiling()
+
+
+SHORT = Tiling(keys=64, queries=64, warps=4, stages=3, registers=None)
+PIPELINED = Tiling(keys=256, queries=64, warps=8, stages=4, registers=None, pipelined=True)
 
 
 def add_column_sums(
@@ -69,21 +90,32 @@ def add_column_sums(
     of ``target``; likewise ``target.window``. No synchronisation.
 
     Args:
-        q: [heads, chunk, head_dim], queries at positions ``start`` to ``start + chunk``; any strides but the last (1).
-        k: [kv_heads, >= start + chunk, head_dim], in order of position; any strides but the last (1).
+        q: [heads, chunk, head_dim], queries at positions ``start`` to ``start + chunk``. Of q and k: the last stride
+            is 1, the others are multiples of 8, and the memory is aligned to 16 bytes.
+        k: [kv_heads, >= start + chunk, head_dim], in order of position.
         lse: [heads, chunk] float32, natural logarithm of the sum of exponentials of each query's logits.
         target: where the sums go; its tensors are on the same device.
         start: position of the first query.
         scale, softcap, window: as in :class:`d2o.attention.AttentionRule`.
         tiling: how to cut the work; by default what suits head_dim and dtype.
     """
-    tiling = tiling or Tiling.default(q.dtype, q.shape[2], start + q.shape[1])
     chunk = _Chunk(q, k, lse, start, scale, softcap, window, tiling)
-    last = (target.prompt_tokens - 1) // target.block
-    extra = last * target.block if target.stride > 1 and last % target.stride else None
-    chunk.add(target.received, 1, target.first_query, target.stride, target.block, extra)
+    chunk.add(target.received, 1, target.first_query, target.stride, target.block, extra_block(target))
     if target.window is not None:
         chunk.add(target.window, q.shape[0] // k.shape[0], target.window_start, 1, target.block, None)
+
+
+def extra_block(target: ScoreTarget) -> int | None:
+    """Position of the block that counts once although it is not sampled: the last, if it is not."""
+    last = (target.prompt_tokens - 1) // target.block
+    return last * target.block if target.stride > 1 and last % target.stride else None
+
+
+def factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """What the kernel multiplies q.k and a capped logit by, to get a power of two."""
+    if softcap is None:
+        return scale * _LOG2E, 0.0
+    return 2 * _LOG2E * scale / softcap, softcap * _LOG2E
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,197 +129,109 @@ class _Chunk:
     scale: float
     softcap: float | None
     window: int | None
-    tiling: Tiling
+    tiling: Tiling | None
 
     def add(self, out: Tensor, heads: int, first: int, stride: int, block: int, extra: int | None) -> None:
         """Adds to ``out`` [rows, prompt] the sums of ``heads`` query heads a row over the queries from ``first`` on.
 
         ``extra``: position of a block that counts once although it is not sampled.
         """
-        q, k, tiling = self.q, self.k, self.tiling
-        end, first = self.start + q.shape[1], max(first, self.start)
+        chunk = self.q.shape[1]
+        end, first = self.start + chunk, max(first, self.start)
         sampled = first < end and _sampled(first, stride, block) < _sampled(end, stride, block)
         extra = extra if extra is not None and max(extra, first) < min(extra + block, end) else None
         if not sampled and extra is None:
             return
-        factor = self.scale * _LOG2E if self.softcap is None else 2 * _LOG2E * self.scale / self.softcap
-        _column_sums_kernel[(triton.cdiv(end, tiling.keys), q.shape[0] // heads)](
-            q,
-            k,
-            self.lse,
-            out,
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            self.lse.stride(0),
-            out.stride(0),
-            self.start,
-            end,
-            first,
-            stride,
-            -1 if extra is None else extra,
-            factor,
-            0.0 if self.softcap is None else self.softcap * _LOG2E,
-            HEADS=heads,
-            GROUP=q.shape[0] // k.shape[0],
-            D=q.shape[2],
-            BLOCK_D=triton.next_power_of_2(q.shape[2]),
-            BLOCK_K=tiling.keys,
-            BLOCK_Q=tiling.queries,
-            SAMPLE=tiling.queries if stride == 1 else block,
-            EXTRA=0 if extra is None else triton.cdiv(block, tiling.queries),
-            SOFTCAP=self.softcap is not None,
-            WINDOW=self.window or 0,
-            FOLD=tiling.fold,
-            POLY=tiling.poly,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            STAGES=tiling.stages,
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-            maxnreg=tiling.registers,
-        )
+        tiling = self.tiling or Tiling.default(self.q.dtype, self.q.shape[2], end, stride)
+        sample = tiling.queries if stride == 1 else block
+        numbers = (self.start, end, first, stride, -1 if extra is None else extra)
+        if tiling.pipelined:
+            if self._pipelines(end - first, heads, sample % tiling.queries):
+                self._launch_pipelined(out, numbers, sample, extra is not None, tiling, block)
+                return
+            tiling = SHORT if end - first < _PIPELINED_CHUNK else tiling.without_pipeline(stride)
+            sample = tiling.queries if stride == 1 else block
+        self._launch(out, heads, numbers, sample, 0 if extra is None else -(-block // tiling.queries), tiling)
+
+    def _pipelines(self, queries: int, heads: int, rest: int) -> bool:
+        plain = self.softcap is None and (self.window is None or self.window >= self.start + self.q.shape[1])
+        fits = heads == 1 and not rest and queries >= _PIPELINED_CHUNK and self.q.shape[2] <= 128
+        return plain and fits and self.q.is_cuda and is_hopper(self.q.device) and self.q.dtype != torch.float32
+
+    def _launch(
+        self, out: Tensor, heads: int, numbers: tuple[int, ...], sample: int, extra_tiles: int, tiling: Tiling
+    ) -> None:
+        launch(
+            (-(-numbers[1] // tiling.keys), self.q.shape[0] // heads, 1),
+            (self.q, self.k, self.lse, out, self.lse, *eighths(self.q, self.k), self.lse.stride(0), out.stride(0),
+             *numbers, 0, *factors(self.scale, self.softcap)),
+            constants(
+                self.q, self.k, tiling, packed=False, heads=heads, sample=sample, extra=extra_tiles,
+                softcap=self.softcap is not None, window=self.window or 0,
+            ),
+            Options(tiling.warps, tiling.stages, tiling.registers),
+        )  # fmt: skip
+
+    def _launch_pipelined(
+        self, out: Tensor, numbers: tuple[int, ...], sample: int, extra: bool, tiling: Tiling, block: int
+    ) -> None:
+        heads, _, head_dim = self.q.shape
+        _pipelined_launcher()(
+            (-(-numbers[1] // tiling.keys), heads, 1),
+            (self.q, self.k, self.lse, out, *eighths(self.q, self.k), self.lse.stride(0), out.stride(0), *numbers,
+             self.scale * _LOG2E),
+            (heads // self.k.shape[0], head_dim, 64 if head_dim <= 64 else 128, tiling.keys, tiling.queries, sample,
+             block // tiling.queries if extra else 0, tiling.stages, tiling.poly, tiling.ordered),
+            Options(tiling.warps, tiling.stages, tiling.registers),
+        )  # fmt: skip
+
+
+def constants(
+    q: Tensor,
+    k: Tensor,
+    tiling: Tiling,
+    *,
+    packed: bool,
+    heads: int,
+    sample: int,
+    extra: int,
+    softcap: bool,
+    window: int,
+) -> tuple[object, ...]:
+    """Of :func:`d2o.kernels.column_sums_kernels.column_sums_kernel`, in order. q and k: [heads, tokens, head_dim]."""
+    head_dim = q.shape[2]
+    return (
+        packed,
+        heads,
+        q.shape[0] // k.shape[0],
+        head_dim,
+        1 << (head_dim - 1).bit_length(),
+        tiling.keys,
+        tiling.queries,
+        sample,
+        extra,
+        softcap,
+        window,
+        tiling.fold,
+        tiling.poly,
+        "ieee" if q.dtype == torch.float32 else "tf32",
+        tiling.stages,
+    )
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device has the matrix instructions of compute capability 9.0."""
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def _pipelined_launcher() -> Launcher:
+    from d2o.kernels.column_sums_hopper import pipelined_kernel
+
+    return Launcher(pipelined_kernel)
 
 
 def _sampled(position: int, stride: int, block: int) -> int:
     """How many sampled queries stand before a position."""
     return position // (block * stride) * block + min(position % (block * stride), block)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _sampled_before(position: tl.tensor, stride: tl.tensor, SAMPLE: tl.constexpr) -> tl.tensor:
-    return position // (SAMPLE * stride) * SAMPLE + tl.minimum(position % (SAMPLE * stride), SAMPLE)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _exp2_polynomial(x: tl.tensor) -> tl.tensor:
-    """2**x without the special function unit: 2**round(x) by the exponent, the rest by a minimax cubic."""
-    x = tl.maximum(x, -126.0)
-    shifted = x + 12582912.0
-    rest = x - (shifted - 12582912.0)
-    power = 0.99992807 + rest * (0.69326099 + rest * (0.24261113 + rest * 0.05517167))
-    exponent = shifted.to(tl.int32, bitcast=True) << 23
-    return (power.to(tl.int32, bitcast=True) + exponent).to(tl.float32, bitcast=True)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _exponents(
-    key_tile: tl.tensor,
-    q: tl.tensor,
-    lse: tl.tensor,
-    factor: tl.tensor,
-    cap: tl.tensor,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> tl.tensor:
-    """log2 of the probabilities [keys, queries] of one tile."""
-    logits = tl.dot(key_tile, tl.trans(q), input_precision=PRECISION)
-    logits *= factor
-    if SOFTCAP:
-        logits = cap * (1.0 - 2.0 / (1.0 + tl.exp2(tl.minimum(logits, 64.0))))
-    return logits - (lse * 1.4426950408889634)[None, :]
-
-
-@triton.jit(do_not_specialize=["start", "end", "first", "stride", "extra"])  # type: ignore[untyped-decorator]
-def _column_sums_kernel(
-    q: tl.tensor,
-    k: tl.tensor,
-    lse: tl.tensor,
-    out: tl.tensor,
-    q_head: tl.tensor,
-    q_token: tl.tensor,
-    k_head: tl.tensor,
-    k_token: tl.tensor,
-    lse_head: tl.tensor,
-    out_row: tl.tensor,
-    start: tl.tensor,
-    end: tl.tensor,
-    first: tl.tensor,
-    stride: tl.tensor,
-    extra: tl.tensor,
-    factor: tl.tensor,
-    cap: tl.tensor,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    EXTRA: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    FOLD: tl.constexpr,
-    POLY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-) -> None:
-    """One program: BLOCK_K keys of HEADS query heads, from the diagonal to the end of the chunk."""
-    low_key = tl.program_id(0) * BLOCK_K
-    row = tl.program_id(1)
-    key = low_key + tl.arange(0, BLOCK_K)
-    column = tl.arange(0, BLOCK_D)
-    nth = tl.arange(0, BLOCK_Q)
-    inner = nth // SAMPLE * (SAMPLE * stride) + nth % SAMPLE
-    k += tl.cast(row * HEADS // GROUP, tl.int64) * k_head
-    key_mask = (key < end)[:, None] & (column < D)[None, :]
-    key_tile = tl.load(k + key.to(tl.int64)[:, None] * k_token + column, mask=key_mask, other=0.0)
-
-    # Numbers of sampled queries: those that see any of the keys, and among them the tiles that see them all.
-    last_seen, last_whole = end, end
-    if WINDOW > 0:
-        last_seen = tl.minimum(end, low_key + BLOCK_K - 1 + WINDOW)
-        last_whole = tl.minimum(end, low_key + WINDOW)
-    begin = _sampled_before(tl.maximum(first, low_key), stride, SAMPLE) // BLOCK_Q * BLOCK_Q
-    finish = tl.cdiv(_sampled_before(last_seen, stride, SAMPLE), BLOCK_Q) * BLOCK_Q
-    whole = tl.cdiv(_sampled_before(tl.maximum(first, low_key + BLOCK_K - 1), stride, SAMPLE), BLOCK_Q) * BLOCK_Q
-    whole = tl.minimum(whole, finish)
-    whole_end = tl.maximum(whole, _sampled_before(last_whole, stride, SAMPLE) // BLOCK_Q * BLOCK_Q)
-    before = tl.maximum(whole - begin, 0) // BLOCK_Q
-    partial = before + tl.maximum(finish - whole_end, 0) // BLOCK_Q
-
-    sums = tl.zeros([BLOCK_K], tl.float32)
-    tile_sums = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
-    for head in range(HEADS):
-        q_rows = q + tl.cast(row * HEADS + head, tl.int64) * q_head
-        lse_row = lse + tl.cast(row * HEADS + head, tl.int64) * lse_head
-        for i in tl.range(0, partial + EXTRA, num_stages=1):
-            number = tl.where(i < before, begin + i * BLOCK_Q, whole_end + (i - before) * BLOCK_Q)
-            position = number // SAMPLE * (SAMPLE * stride) + number % SAMPLE + inner
-            weight = 1.0
-            if EXTRA > 0:  # the prompt's last block: nothing follows it that could count
-                is_extra = i >= partial
-                position = tl.where(is_extra, extra + (i - partial) * BLOCK_Q + nth, position)
-                weight = tl.where(is_extra, 1.0 / stride, 1.0)
-            counts = (position >= first) & (position < end)
-            place = (position - start).to(tl.int64)
-            q_mask = counts[:, None] & (column < D)[None, :]
-            q_tile = tl.load(q_rows + place[:, None] * q_token + column, mask=q_mask, other=0.0)
-            row_lse = tl.load(lse_row + place, mask=counts, other=0.0)
-            x = _exponents(key_tile, q_tile, row_lse, factor, cap, SOFTCAP, PRECISION)
-            seen = counts[None, :] & (key[:, None] <= position[None, :])
-            if WINDOW > 0:
-                seen &= key[:, None] > position[None, :] - WINDOW
-            p = tl.exp2(tl.where(seen, x, float("-inf"))) * weight
-            if FOLD:
-                sums += tl.sum(p, 1)
-            else:
-                tile_sums += p
-        q_inner = inner[:, None] * q_token + column[None, :]
-        for number in tl.range(whole, whole_end, BLOCK_Q, num_stages=STAGES):
-            place = number // SAMPLE * (SAMPLE * stride) + number % SAMPLE - start
-            q_at = q_rows + tl.cast(place, tl.int64) * q_token + q_inner
-            q_tile = tl.load(q_at) if D == BLOCK_D else tl.load(q_at, mask=(column < D)[None, :], other=0.0)
-            row_lse = tl.load(lse_row + place + inner)
-            x = _exponents(key_tile, q_tile, row_lse, factor, cap, SOFTCAP, PRECISION)
-            p = tl.exp2(x)
-            if POLY > 0:
-                p = tl.where((nth // 8 % 8 < POLY)[None, :], _exp2_polynomial(x), p)
-            if FOLD:
-                sums += tl.sum(p, 1)
-            else:
-                tile_sums += p
-    if not FOLD:
-        sums = tl.sum(tile_sums, 1)
-    at = out + tl.cast(row, tl.int64) * out_row + key
-    tl.store(at, tl.load(at, mask=key < end, other=0.0) + sums * stride, mask=key < end)

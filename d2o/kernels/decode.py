@@ -1,9 +1,9 @@
 """Paged split decode attention that appends the new token and adds up the attention each slot receives.
 
-Two launches a layer. The first attends: a program takes one work item (:mod:`d2o.kernels.decode_plan`) of one KV head,
-all query heads of its group at once, and leaves its unnormalised output, peak and sum. With scores it also stashes each
-slot's probability relative to the running peak. The second combines the items of a sequence (flash-decoding's
-log-sum-exp rule) and, with the normaliser known, adds the stashed probabilities to the slots' scores.
+One launch a layer. A program takes one work item (:mod:`d2o.kernels.decode_plan`) of one KV head, all query heads of
+its group at once, and leaves its unnormalised output, peak and sum. With scores it also stashes each slot's probability
+relative to the running peak. The program that finishes a sequence last combines its items (flash-decoding's log-sum-exp
+rule) and, with the normaliser known, adds the stashed probabilities to the slots' scores while they are still in L2.
 """
 
 from __future__ import annotations
@@ -14,42 +14,51 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from d2o.kernels.decode_kernels import attend_kernel, combine_kernel
+from d2o.kernels.decode_kernels import attend_kernel
 from d2o.kernels.decode_plan import SHARE_SLOTS, DecodePlan, DecodeWorkspace, decode_items, plan_decode
 from d2o.kernels.paged import PagedTensors
 
 __all__ = ["DecodeConfig", "DecodePlan", "DecodeWorkspace", "decode_attention", "decode_items", "plan_decode"]
 
 _LOG2_E = math.log2(math.e)
-_STEP_BYTES = 1 << 15
+_TILE_BYTES = 1 << 14
+# Values a warp holds of the items' outputs that it combines at once.
+_COMBINED = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """How the kernels are launched; the results do not depend on it.
+    """How the kernel is launched; the results do not depend on it.
 
     Attributes:
-        block: slots a loop step; a power of two from 16 to ``SHARE_SLOTS``.
-        stages: loop steps whose keys and values are on their way at once.
-        warps: of the attending program.
-        pin_stash: ask the L2 cache to keep the stash from the one program to the other while keys stream through.
-        combine_slots: slots a loop step of the combining program.
-        combine_warps: of the combining program.
+        block: slots a loop step; a power of two from 16 to ``SHARE_SLOTS``, and no more than a page's.
+        stages: depth of the loop's pipeline; keys and values of ``stages - 1`` steps lie in shared memory.
+        warps: of a program.
+        waiting: programs that surely fit a processor at once: so many a processor, at the end of the launch, wait for
+            their sequence to score their own slots; 0 leaves all scores to the program that arrives last.
+        score_slots: slots a step when scores are added.
+        score_stages: depth of that loop's pipeline.
+        pin_stash: ask the L2 cache to keep the stash until it is read.
+        descriptors: load whole tiles by the copy engine (TMA) rather than by every thread's own address.
     """
 
     block: int
     stages: int = 3
-    warps: int = 4
+    warps: int = 2
+    waiting: int = 2
+    score_slots: int = 512
+    score_stages: int = 1
     pin_stash: bool = True
-    combine_slots: int = 512
-    combine_warps: int = 4
+    descriptors: bool = True
 
     @classmethod
-    def choose(cls, head_dim: int, dtype: torch.dtype) -> DecodeConfig:
-        """Steps of 32 KiB of keys and values: two programs of three stages fit an H200 processor's shared memory."""
-        slot_bytes = 2 * triton.next_power_of_2(head_dim) * dtype.itemsize
-        return cls(block=max(16, min(SHARE_SLOTS, _STEP_BYTES // slot_bytes)))
+    def choose(cls, head_dim: int, dtype: torch.dtype, page_size: int) -> DecodeConfig:
+        """Tiles of at most 16 KiB of keys and as much of values, so that several programs fit a processor."""
+        fitting = _TILE_BYTES // (triton.next_power_of_2(head_dim) * dtype.itemsize)
+        # Float32 has no tensor cores here: its products need the threads and the registers.
+        return cls(block=max(16, min(page_size, SHARE_SLOTS, fitting)), warps=4 if dtype == torch.float32 else 2)
 
 
 def decode_attention(
@@ -74,7 +83,8 @@ def decode_attention(
 ) -> Tensor:
     """Appends one token a sequence to a layer's cache and attends over all of the layer's slots.
 
-    Never waits for the device, so it can be captured in a CUDA graph. Several entries of the batch may share one
+    Never waits for the device, so it can be captured in a CUDA graph. One launch at a time on a device: programs of two
+    that wait for their own kind could keep each other's from starting. Several entries of the batch may share one
     padding row of length 1: they overwrite each other's slot.
 
     Args:
@@ -96,7 +106,7 @@ def decode_attention(
         [batch, heads, head_dim], contiguous, in q's dtype.
 
     Raises:
-        ValueError: the workspace has no room for the plan's items, or none for scores.
+        ValueError: the workspace has no room for the plan's items, or none for scores; or a tile is larger than a page.
     """
     if plan.items > workspace.partial.shape[0]:
         raise ValueError(f"plan: got {plan.items} items, allowed are the workspace's {workspace.partial.shape[0]}")
@@ -104,58 +114,60 @@ def decode_attention(
         raise ValueError("score: the workspace was made without room for scores; allocate it with slots above 0")
     batch, heads, head_dim = q.shape
     kv_heads, group = pool.kv_heads, heads // pool.kv_heads
-    chosen = config or DecodeConfig.choose(head_dim, pool.k.dtype)
+    chosen = config or DecodeConfig.choose(head_dim, pool.k.dtype, pool.page_size)
+    if chosen.block > pool.page_size:
+        raise ValueError(f"block: got {chosen.block} slots, allowed are a page's {pool.page_size}")
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
-    table = (block_table, rows, *block_table.shape[1:])
-    split = (plan.lengths, plan.share, plan.first, plan.base, plan.owner, layer, batch, plan.items)
-    scratch = (workspace.partial, workspace.peak, workspace.total, workspace.stash, workspace.stash_peak)
-    room = workspace.stash.shape[1] // group
-    shape = {
-        "KV_HEADS": kv_heads,
-        "GROUP": group,
-        "PAGE": pool.page_size,
-        "DIM": head_dim,
-        "BLOCK": chosen.block,
-        "SCORE": score,
-    }
+    lanes, dim_pad = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     attend_kernel[kv_heads, plan.items](
+        out,
         q,
         k_new,
         v_new,
         *(q.stride(0), q.stride(1), k_new.stride(0), k_new.stride(1), v_new.stride(0), v_new.stride(1)),
+        *(_described(each, [chosen.block, dim_pad]) for each in (pool.k, pool.v)),
         *(pool.k, pool.v, pool.score, pool.position, pool.bias),
         positions,
-        *table,
-        *split,
-        *scratch,
-        room,
+        *(block_table, rows, *block_table.shape[1:]),
+        *(plan.lengths, plan.share, plan.first, plan.base, plan.owner, layer, batch, plan.items),
+        *(workspace.partial, workspace.peak, workspace.total, workspace.stash, workspace.stash_peak),
+        workspace.arrivals,
+        workspace.stash.shape[1] // lanes,
+        chosen.waiting * processors(q.device) // kv_heads,
         float(scale if softcap is not None else scale * _LOG2_E),
         float(softcap or 0.0),
         window or 0,
-        **shape,
-        DIM_PAD=triton.next_power_of_2(head_dim),
-        ROWS=max(16, triton.next_power_of_2(group)),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        PAGE=pool.page_size,
+        DIM=head_dim,
+        DIM_PAD=dim_pad,
+        BLOCK=chosen.block,
+        ROWS=max(8, lanes),
+        LANES=lanes,
+        SCORE=score,
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
         BIAS=bias,
         RESET=reset,
+        DESCRIPTORS=chosen.descriptors,
+        TILES=max(1, chosen.score_slots // chosen.block),
+        SPLITS=max(1, _COMBINED * chosen.warps // (lanes * dim_pad)),
+        SCORE_STAGES=chosen.score_stages,
         STORE_POLICY="evict_last" if chosen.pin_stash else "",
+        LOAD_POLICY="evict_first" if chosen.pin_stash else "",
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
-    combine_kernel[kv_heads, plan.items](
-        out,
-        pool.score,
-        *table,
-        *split,
-        *scratch,
-        room,
-        **shape,
-        ROWS=triton.next_power_of_2(group),
-        TILES=max(1, chosen.combine_slots // chosen.block),
-        WIDTH=32,
-        SPLITS=16,
-        LOAD_POLICY="evict_first" if chosen.pin_stash else "",
-        num_warps=chosen.combine_warps,
-    )
     return out
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _described(values: Tensor, tile: list[int]) -> TensorDescriptor:
+    """Keys or values as rows, one a slot, to be loaded by tiles."""
+    rows = values.view(-1, values.shape[-1])
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), tile)

@@ -1,4 +1,8 @@
-"""The two Triton kernels of :mod:`d2o.kernels.decode`. Logits are kept in base 2: ``exp2`` is the hardware's own."""
+"""The kernel of :mod:`d2o.kernels.decode`. Logits are kept in base 2: ``exp2`` is the hardware's own.
+
+Slots lie on the first axis of every product (keys times queries, values transposed times weights): a group's few query
+heads then pad the short axis of the tensor cores' tiles to eight, not to sixteen.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +11,13 @@ import math
 import triton
 import triton.language as tl
 
+from d2o.kernels.decode_finish import STASH_SCALE, finish
+
 _LOG2E = tl.constexpr(math.log2(math.e))
-# Probabilities relative to a peak are at most 1: this much larger, they use float16's whole range.
-_STASH_SCALE = tl.constexpr(32768.0)
-_COUNTS = ["layer", "batch", "items", "table_rows", "table_columns", "room"]
+_COUNTS = ["layer", "batch", "items", "table_rows", "table_columns", "room", "waiting"]
 # Where these begin is the caller's business: a kernel for each alignment would only be compiled in mid-service.
 _CALLERS = ["q", "k_new", "v_new", "positions", "rows"]
 _STRIDES = ["q_batch", "q_head", "k_batch", "k_head", "v_batch", "v_head", "window"]
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _item(
-    item: tl.tensor,
-    sequence: tl.tensor,
-    lengths: tl.tensor,
-    share: tl.tensor,
-    first: tl.tensor,
-    base: tl.tensor,
-    layer: tl.tensor,
-    batch: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The item's slots [begin, end), its sequence's length and where the sequence begins in the stash."""
-    at = layer * batch + sequence
-    length = tl.load(lengths + at)
-    size = tl.load(share + at)
-    begin = (item - tl.load(first + at + layer)) * size
-    return begin, tl.minimum(begin + size, length), length, tl.load(base + at)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -65,13 +50,113 @@ def _append(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _place(page: tl.tensor, head: tl.tensor, slot: tl.tensor, KV_HEADS: tl.constexpr, PAGE: tl.constexpr) -> tl.tensor:
-    """Flat index of a slot in tensors viewed as [pages * kv_heads * page_size, ...]."""
-    return (page.to(tl.int64) * KV_HEADS + head) * PAGE + slot % PAGE
+def _tile(
+    source: tl.tensor,
+    described: tl.tensor,
+    place: tl.tensor,
+    live: tl.tensor,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+) -> tl.tensor:
+    """Keys or values [BLOCK, DIM_PAD] of the slots from flat index ``place``; zero where a slot is not live."""
+    dim, column = tl.arange(0, DIM_PAD), tl.arange(0, BLOCK)
+    if WHOLE and DESCRIPTORS:
+        return described.load([place, 0])
+    spot = place.to(tl.int64) * DIM + column[:, None] * DIM + dim[None, :]
+    if WHOLE and DIM == DIM_PAD:
+        return tl.load(source + spot)
+    return tl.load(source + spot, mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _keep(
+    stash: tl.tensor,
+    stash_peak: tl.tensor,
+    slot: tl.tensor,
+    weight: tl.tensor,
+    level: tl.tensor,
+    free: tl.tensor,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    POLICY: tl.constexpr,
+) -> None:
+    """Stashes a tile's weights [BLOCK, ROWS] from stash slot ``slot`` on, where there is room."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    kept = (row < GROUP) & free
+    cells = stash + (slot + column)[:, None] * LANES + row[None, :]
+    tl.store(cells, (weight * STASH_SCALE).to(tl.float16), mask=kept[None, :], eviction_policy=POLICY)
+    tl.store(stash_peak + slot // BLOCK * LANES + row, level, mask=kept)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _step(
+    query: tl.tensor,
+    most: tl.tensor,
+    added: tl.tensor,
+    result: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    described_k: tl.tensor,
+    described_v: tl.tensor,
+    bias: tl.tensor,
+    position: tl.tensor,
+    stash: tl.tensor,
+    stash_peak: tl.tensor,
+    place: tl.tensor,
+    live: tl.tensor,
+    oldest: tl.tensor,
+    slot: tl.tensor,
+    free: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    SCORE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    POLICY: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Online softmax over the BLOCK slots from flat index ``place``: new peak, sums [BLOCK, ROWS] and output."""
+    column = tl.arange(0, BLOCK)
+    key = _tile(k, described_k, place, live, DIM, DIM_PAD, BLOCK, WHOLE, DESCRIPTORS)
+    value = _tile(v, described_v, place, live, DIM, DIM_PAD, BLOCK, WHOLE, DESCRIPTORS)
+    logits = tl.dot(key, query, input_precision="ieee") * scale
+    if SOFTCAP:
+        logits = (1.0 - 2.0 / (1.0 + tl.exp(2.0 * logits / softcap))) * (softcap * _LOG2E)
+    if BIAS:
+        lift = tl.load(bias + place + column) if WHOLE else tl.load(bias + place + column, mask=live, other=0.0)
+        logits += (lift * _LOG2E)[:, None]
+    if WINDOW:
+        seen = tl.load(position + place + column, mask=live, other=0) >= oldest
+        logits = tl.where((seen & live)[:, None], logits, float("-inf"))
+    elif not WHOLE:
+        logits = tl.where(live[:, None], logits, float("-inf"))
+    top = tl.maximum(most, tl.max(logits, 0))
+    level = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(logits - level[None, :])
+    shrink = tl.exp2(most - level)
+    added = added * shrink[None, :] + weight
+    result = tl.dot(tl.trans(value), weight.to(value.dtype), result * shrink[None, :], input_precision="ieee")
+    if SCORE:
+        _keep(stash, stash_peak, slot, weight, level, free, GROUP, BLOCK, ROWS, LANES, POLICY)
+    return top, added, result
 
 
 @triton.jit(do_not_specialize=_COUNTS + _STRIDES, do_not_specialize_on_alignment=_CALLERS)  # type: ignore[untyped-decorator]
 def attend_kernel(
+    out: tl.tensor,
     q: tl.tensor,
     k_new: tl.tensor,
     v_new: tl.tensor,
@@ -81,6 +166,8 @@ def attend_kernel(
     k_head: tl.tensor,
     v_batch: tl.tensor,
     v_head: tl.tensor,
+    described_k: tl.tensor,
+    described_v: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
     score: tl.tensor,
@@ -104,7 +191,9 @@ def attend_kernel(
     total: tl.tensor,
     stash: tl.tensor,
     stash_peak: tl.tensor,
+    arrivals: tl.tensor,
     room: tl.tensor,
+    waiting: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     window: tl.tensor,
@@ -112,181 +201,82 @@ def attend_kernel(
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCORE: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    SCORE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     RESET: tl.constexpr,
-    STORE_POLICY: tl.constexpr,
-) -> None:
-    """Program (KV head, item). Page ids are loaded a step ahead: no key's address waits for memory."""
-    head, item = tl.program_id(0), tl.program_id(1)
-    sequence = tl.load(owner + layer * items + item)
-    if sequence < 0:
-        return
-    begin, end, length, origin = _item(item, sequence, lengths, share, first, base, layer, batch)
-    current = tl.load(positions + sequence)
-    pages = table + (layer.to(tl.int64) * table_rows + tl.load(rows + sequence)) * table_columns
-    if end == length:
-        place = _place(tl.load(pages + (length - 1) // PAGE), head, length - 1, KV_HEADS, PAGE)
-        new_key = k_new + sequence.to(tl.int64) * k_batch + head * k_head
-        new_value = v_new + sequence.to(tl.int64) * v_batch + head * v_head
-        _append(new_key, new_value, k, v, score, position, bias, place, current, DIM, DIM_PAD, RESET)
-    row, dim, column = tl.arange(0, ROWS), tl.arange(0, DIM_PAD), tl.arange(0, BLOCK)
-    wanted = (row < GROUP)[:, None] & (dim < DIM)[None, :]
-    queries = q + sequence.to(tl.int64) * q_batch + (head * GROUP + row)[:, None] * q_head
-    query = tl.load(queries + dim[None, :], mask=wanted, other=0.0).to(k.dtype.element_ty)
-    most = tl.full([ROWS], float("-inf"), tl.float32)
-    added = tl.zeros([ROWS], tl.float32)
-    result = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    page = tl.load(pages + (begin + column) // PAGE, mask=begin + column < end, other=0)
-    for start in range(begin, end, BLOCK):
-        live = start + column < end
-        place = _place(page, head, start + column, KV_HEADS, PAGE)
-        spot = place[:, None] * DIM + dim[None, :]
-        inside = live[:, None] & (dim < DIM)[None, :]
-        key = tl.load(k + spot, mask=inside, other=0.0)
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        if SOFTCAP:
-            logits = (1.0 - 2.0 / (1.0 + tl.exp(2.0 * logits / softcap))) * (softcap * _LOG2E)
-        if BIAS:
-            logits += (tl.load(bias + place, mask=live, other=0.0) * _LOG2E)[None, :]
-        seen = live
-        if WINDOW:
-            seen = live & (tl.load(position + place, mask=live, other=0) > current - window)
-        logits = tl.where(seen[None, :], logits, float("-inf"))
-        top = tl.maximum(most, tl.max(logits, 1))
-        level = tl.where(top == float("-inf"), 0.0, top)
-        weight = tl.exp2(logits - level[:, None])
-        shrink = tl.exp2(most - level)
-        most = top
-        added = added * shrink + tl.sum(weight, 1)
-        value = tl.load(v + spot, mask=inside, other=0.0)
-        result = tl.dot(weight.to(value.dtype), value, result * shrink[:, None], input_precision="ieee")
-        if SCORE:
-            tile = (head.to(tl.int64) * room + origin + start) // BLOCK * GROUP + row
-            kept = (row < GROUP) & (origin + start < room)
-            cells = stash + tile[:, None] * BLOCK + column[None, :]
-            tl.store(cells, (weight * _STASH_SCALE).to(tl.float16), mask=kept[:, None], eviction_policy=STORE_POLICY)
-            tl.store(stash_peak + tile, level, mask=kept)
-        after = start + BLOCK + column
-        page = tl.load(pages + after // PAGE, mask=after < end, other=0)
-    index = (item * KV_HEADS + head) * GROUP + row
-    tl.store(partial + index[:, None] * DIM + dim[None, :], result, mask=wanted)
-    tl.store(peak + index, most, mask=row < GROUP)
-    tl.store(total + index, added, mask=row < GROUP)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _normaliser(
-    peak: tl.tensor,
-    total: tl.tensor,
-    head: tl.tensor,
-    begin: tl.tensor,
-    end: tl.tensor,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Largest logit and inverse sum of exponentials [ROWS] over the items [begin, end) of a sequence."""
-    row = tl.arange(0, ROWS)
-    most = tl.full([ROWS], float("-inf"), tl.float32)
-    added = tl.zeros([ROWS], tl.float32)
-    for start in range(begin, end, SPLITS):
-        item = start + tl.arange(0, SPLITS)
-        wanted = (item < end)[:, None] & (row < GROUP)[None, :]
-        index = (item * KV_HEADS + head)[:, None] * GROUP + row[None, :]
-        tops = tl.load(peak + index, mask=wanted, other=float("-inf"))
-        sums = tl.load(total + index, mask=wanted, other=0.0)
-        top = tl.maximum(most, tl.max(tops, 0))
-        level = tl.where(top == float("-inf"), 0.0, top)
-        added = added * tl.exp2(most - level) + tl.sum(sums * tl.exp2(tops - level[None, :]), 0)
-        most = top
-    live = row < GROUP
-    return tl.where(live, most, 0.0), tl.where(live, 1.0 / tl.where(live, added, 1.0), 0.0)
-
-
-@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=["rows"])  # type: ignore[untyped-decorator]
-def combine_kernel(
-    out: tl.tensor,
-    score: tl.tensor,
-    table: tl.tensor,
-    rows: tl.tensor,
-    table_rows: tl.tensor,
-    table_columns: tl.tensor,
-    lengths: tl.tensor,
-    share: tl.tensor,
-    first: tl.tensor,
-    base: tl.tensor,
-    owner: tl.tensor,
-    layer: tl.tensor,
-    batch: tl.tensor,
-    items: tl.tensor,
-    partial: tl.tensor,
-    peak: tl.tensor,
-    total: tl.tensor,
-    stash: tl.tensor,
-    stash_peak: tl.tensor,
-    room: tl.tensor,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCORE: tl.constexpr,
-    ROWS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     TILES: tl.constexpr,
-    WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
+    SCORE_STAGES: tl.constexpr,
+    STORE_POLICY: tl.constexpr,
     LOAD_POLICY: tl.constexpr,
 ) -> None:
-    """Program (KV head, item): its part of the sequence's output columns, then the scores of its own slots."""
+    """Program (KV head, item): whole tiles first, then the one with the new token, then what its sequence still needs.
+
+    A tile lies in one page, whose id is loaded a step ahead: no key's address waits for memory.
+    """
     head, item = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(owner + layer * items + item)
     if sequence < 0:
         return
-    begin, end, _, origin = _item(item, sequence, lengths, share, first, base, layer, batch)
-    low = tl.load(first + layer * (batch + 1) + sequence)
-    high = tl.load(first + layer * (batch + 1) + sequence + 1)
-    row = tl.arange(0, ROWS)
-    most, inverse = _normaliser(peak, total, head, low, high, KV_HEADS, GROUP, ROWS, SPLITS)
-    for part in range(item - low, (DIM + WIDTH - 1) // WIDTH, high - low):
-        dim = part * WIDTH + tl.arange(0, WIDTH)
-        wanted = (row < GROUP)[:, None] & (dim < DIM)[None, :]
-        result = tl.zeros([ROWS, WIDTH], tl.float32)
-        for start in range(low, high, SPLITS):
-            split = start + tl.arange(0, SPLITS)
-            held = (split < high)[:, None] & (row < GROUP)[None, :]
-            index = (split * KV_HEADS + head)[:, None] * GROUP + row[None, :]
-            factor = tl.exp2(tl.load(peak + index, mask=held, other=float("-inf")) - most[None, :])
-            piece = tl.load(
-                partial + index[:, :, None] * DIM + dim[None, None, :],
-                mask=held[:, :, None] & (dim < DIM)[None, None, :],
-                other=0.0,
-            )
-            result += tl.sum(piece * factor[:, :, None], 0)
+    at = layer * batch + sequence
+    length, size, origin = tl.load(lengths + at), tl.load(share + at), tl.load(base + at)
+    begin = (item - tl.load(first + at + layer)) * size
+    end = tl.minimum(begin + size, length)
+    current = tl.load(positions + sequence)
+    pages = table + (layer.to(tl.int64) * table_rows + tl.load(rows + sequence)) * table_columns
+    page = tl.load(pages + begin // PAGE)
+    row, dim, column = tl.arange(0, ROWS), tl.arange(0, DIM_PAD), tl.arange(0, BLOCK)
+    queries = q + sequence.to(tl.int64) * q_batch + (head * GROUP + row)[None, :] * q_head
+    query = tl.load(queries + dim[:, None], mask=(row < GROUP)[None, :] & (dim < DIM)[:, None], other=0.0)
+    query = query.to(k.dtype.element_ty)
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    added = tl.zeros([BLOCK, ROWS], tl.float32)
+    result = tl.zeros([DIM_PAD, ROWS], tl.float32)
+    live = column >= 0
+    drawer = head.to(tl.int64) * room + origin
+    oldest = current - window + 1
+    whole = tl.where(end == length, (length - 1) // BLOCK * BLOCK, end)
+    for start in range(begin, whole, BLOCK):
+        place = (page * KV_HEADS + head) * PAGE + start % PAGE
+        most, added, result = _step(
+            query, most, added, result, k, v, described_k, described_v, bias, position, stash, stash_peak,
+            place, live, oldest, drawer + start, origin + start < room, scale, softcap,
+            GROUP, DIM, DIM_PAD, BLOCK, ROWS, LANES, SCORE, WINDOW, SOFTCAP, BIAS, True, DESCRIPTORS, STORE_POLICY,
+        )  # fmt: skip
+        page = tl.load(pages + tl.minimum(start + BLOCK, length - 1) // PAGE)
+    if end == length:
+        place = (page * KV_HEADS + head) * PAGE + whole % PAGE
+        new_key = k_new + sequence.to(tl.int64) * k_batch + head * k_head
+        new_value = v_new + sequence.to(tl.int64) * v_batch + head * v_head
+        newest = place.to(tl.int64) + (length - 1 - whole)
+        _append(new_key, new_value, k, v, score, position, bias, newest, current, DIM, DIM_PAD, RESET)
+        most, added, result = _step(
+            query, most, added, result, k, v, described_k, described_v, bias, position, stash, stash_peak,
+            place, whole + column < length, oldest, drawer + whole, origin + whole < room, scale, softcap,
+            GROUP, DIM, DIM_PAD, BLOCK, ROWS, LANES, SCORE, WINDOW, SOFTCAP, BIAS, False, DESCRIPTORS, STORE_POLICY,
+        )  # fmt: skip
+    index = (item * KV_HEADS + head) * GROUP + row
+    sums = tl.sum(added, 0)
+    tl.store(peak + index, most, mask=row < GROUP)
+    tl.store(total + index, sums, mask=row < GROUP)
+    low, high = tl.load(first + at + layer), tl.load(first + at + layer + 1)
+    wanted = (row < GROUP)[None, :] & (dim < DIM)[:, None]
+    if high - low == 1:
         target = (sequence.to(tl.int64) * KV_HEADS + head) * GROUP + row
-        result = (result * inverse[:, None]).to(out.dtype.element_ty)
-        tl.store(out + target[:, None] * DIM + dim[None, :], result, mask=wanted)
-    if SCORE:
-        pages = table + (layer.to(tl.int64) * table_rows + tl.load(rows + sequence)) * table_columns
-        column = tl.arange(0, BLOCK)
-        for start in range(begin, end, TILES * BLOCK):
-            corner = start + tl.arange(0, TILES) * BLOCK
-            tile = (head.to(tl.int64) * room + origin + corner) // BLOCK
-            cell = tile[:, None] * GROUP + row[None, :]
-            kept = ((corner < end) & (origin + corner < room))[:, None] & (row < GROUP)[None, :]
-            level = tl.load(stash_peak + cell, mask=kept, other=float("-inf"))
-            factor = tl.exp2(level - most[None, :]) * (inverse / _STASH_SCALE)[None, :]
-            slot = corner[:, None] + column[None, :]
-            page = tl.load(pages + slot // PAGE, mask=slot < end, other=0)
-            place = _place(page, head, slot, KV_HEADS, PAGE)
-            cells = stash + cell[:, :, None] * BLOCK + column[None, None, :]
-            weight = tl.load(cells, mask=kept[:, :, None], other=0.0, eviction_policy=LOAD_POLICY).to(tl.float32)
-            received = tl.sum(weight * factor[:, :, None], 1)
-            before = tl.load(score + place, mask=slot < end, other=0.0)
-            tl.store(score + place, before + received, mask=slot < end)
+        final = result / tl.where(row < GROUP, sums, 1.0)[None, :]
+        tl.store(out + target[None, :] * DIM + dim[:, None], final.to(out.dtype.element_ty), mask=wanted)
+    else:
+        tl.store(partial + index[None, :] * DIM + dim[:, None], result, mask=wanted)
+    used = tl.load(first + layer * (batch + 1) + batch)
+    finish(
+        out, score, pages, partial, peak, total, stash, stash_peak, arrivals + sequence * KV_HEADS + head,
+        head, sequence, item, low, high, used - waiting, begin, end, length, size, drawer, origin, room,
+        KV_HEADS, GROUP, PAGE, DIM, DIM_PAD, BLOCK, LANES, SCORE, TILES, SPLITS, SCORE_STAGES, LOAD_POLICY,
+    )  # fmt: skip

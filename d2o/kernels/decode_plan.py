@@ -1,8 +1,9 @@
 """How one decode step's slots are shared out among the GPU's programs, decided on the device once a step.
 
 Sequences of one batch differ in length by orders of magnitude, so the split is by equal shares: a layer's slots are cut
-into work items of about ``total / target`` slots each, however long the sequences are. A sequence has one item more
-than its share at most, so ``target + batch`` items always suffice and the grid is fixed for a batch size.
+into work items of about ``total / target`` slots each, however long the sequences are, but no shorter than starting a
+program is worth. A sequence has one item more than its share at most, so ``target + batch`` items always suffice and
+the grid is fixed for a batch size.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch import Tensor
 
 SHARE_SLOTS = 128
 """Items begin at multiples of this many slots of their sequence; also the least share."""
+
+WORTH_SLOTS = 512
+"""Slots worth a program of their own, unless even such items leave processors without work."""
 
 _PROGRAMS_PER_PROCESSOR = 2
 _WAVES = 8
@@ -71,8 +75,10 @@ class DecodeWorkspace:
     Attributes:
         partial: [items, kv_heads, group, head_dim] float32, each item's unnormalised output.
         peak, total: [items, kv_heads, group] float32, its largest logit (base 2) and its sum of exponentials.
-        stash: [kv_heads, stash_slots * group] float16; stash_peak: [kv_heads, stash_slots * group / 16] float32, what
-            each tile of the stash is relative to. Both are empty without scores.
+        stash: [kv_heads, stash_slots * lanes] float16, lanes being the group rounded up to a power of two; stash_peak:
+            [kv_heads, stash_slots * lanes / 16] float32, what each tile of the stash is relative to. Both are empty
+            without scores.
+        arrivals: [items, kv_heads] int32, how many of a sequence's items are done; all 0 between launches.
     """
 
     partial: Tensor
@@ -80,6 +86,7 @@ class DecodeWorkspace:
     total: Tensor
     stash: Tensor
     stash_peak: Tensor
+    arrivals: Tensor
 
     @classmethod
     def allocate(
@@ -90,13 +97,15 @@ class DecodeWorkspace:
         ``slots`` 0 is for a workspace that never serves scores.
         """
         group = heads // kv_heads
+        lanes = triton.next_power_of_2(group)
         padded = (-(-slots // SHARE_SLOTS) + batch) * SHARE_SLOTS if slots else 0
         return cls(
             torch.empty(items, kv_heads, group, head_dim, dtype=torch.float32, device=device),
             torch.empty(items, kv_heads, group, dtype=torch.float32, device=device),
             torch.empty(items, kv_heads, group, dtype=torch.float32, device=device),
-            torch.empty(kv_heads, padded * group, dtype=torch.float16, device=device),
-            torch.empty(kv_heads, padded * group // 16, dtype=torch.float32, device=device),
+            torch.empty(kv_heads, padded * lanes, dtype=torch.float16, device=device),
+            torch.empty(kv_heads, padded * lanes // 16, dtype=torch.float32, device=device),
+            torch.zeros(items, kv_heads, dtype=torch.int32, device=device),
         )
 
 
@@ -105,13 +114,14 @@ def decode_items(batch: int, kv_heads: int, processors: int, *, waves: int = _WA
     return -(-waves * _PROGRAMS_PER_PROCESSOR * processors // kv_heads) + batch
 
 
-def plan_decode(lengths: Tensor, *, items: int, out: DecodePlan | None = None) -> DecodePlan:
+def plan_decode(lengths: Tensor, *, items: int, out: DecodePlan | None = None, worth: int = WORTH_SLOTS) -> DecodePlan:
     """Shares out a step's slots; one launch for all layers, without waiting for the device.
 
     Args:
         lengths: [layers, batch] int32, contiguous.
         items: grid size, more than batch: see :func:`decode_items`.
         out: a plan of the same shapes to fill, made by ``DecodePlan.empty(lengths, items)`` around the same lengths.
+        worth: slots worth an item of their own, where that leaves a quarter of ``items`` at least.
 
     Raises:
         ValueError: ``items`` leaves nothing to share out.
@@ -123,12 +133,12 @@ def plan_decode(lengths: Tensor, *, items: int, out: DecodePlan | None = None) -
     padded = triton.next_power_of_2(batch)
     tile = max(1, min(64, 8192 // padded))
     _plan_kernel[layers, triton.cdiv(items, tile)](
-        lengths, plan.share, plan.first, plan.base, plan.owner, batch, items, SHARE_SLOTS, padded, tile
+        lengths, plan.share, plan.first, plan.base, plan.owner, batch, items, worth, SHARE_SLOTS, padded, tile
     )
     return plan
 
 
-@triton.jit(do_not_specialize=["batch", "items"], do_not_specialize_on_alignment=["lengths"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["batch", "items", "worth"], do_not_specialize_on_alignment=["lengths"])  # type: ignore[untyped-decorator]
 def _plan_kernel(
     lengths: tl.tensor,
     share: tl.tensor,
@@ -137,6 +147,7 @@ def _plan_kernel(
     owner: tl.tensor,
     batch: tl.tensor,
     items: tl.tensor,
+    worth: tl.tensor,
     UNIT: tl.constexpr,
     BATCH: tl.constexpr,
     TILE: tl.constexpr,
@@ -146,7 +157,9 @@ def _plan_kernel(
     index = tl.arange(0, BATCH)
     inside = index < batch
     length = tl.load(lengths + layer * batch + index, mask=inside, other=0)
-    limit = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(length, 0), items - batch), UNIT) * UNIT, UNIT)
+    slots = tl.sum(length, 0)
+    limit = tl.maximum(tl.cdiv(slots, items - batch), tl.minimum(worth, tl.cdiv(4 * slots, items - batch)))
+    limit = tl.maximum(tl.cdiv(limit, UNIT) * UNIT, UNIT)
     even = tl.cdiv(length, tl.maximum(tl.cdiv(length, limit), 1))
     even = tl.maximum(tl.cdiv(even, UNIT) * UNIT, UNIT)
     stop = tl.cumsum(tl.cdiv(length, even), 0)

@@ -13,24 +13,38 @@ from torch.nn import functional
 
 from d2o import attention
 from d2o.attention import AttentionRule
+from d2o.kernels.launch import Launcher, Options, eighths
 from d2o.kernels.reference.column_sums import logsumexp
 from d2o.kernels.store import gather_context
 
-__all__ = ["Backend", "choose_backend", "gather_context", "packed_prefill_attention", "prefill_attention"]
+__all__ = [
+    "Backend",
+    "choose_backend",
+    "gather_context",
+    "packed_prefill_attention",
+    "prefill_attention",
+    "warm_plans",
+]
 
 Backend = Literal["cudnn", "flash", "torch"]
 _HALF = (torch.bfloat16, torch.float16)
 _LONG_CHUNK = 1024
 _START_STEP = 1024
 _TILE_ELEMENTS = 1 << 26
+_MERGED = 16
 
 
 def choose_backend(dtype: torch.dtype, head_dim: int, rule: AttentionRule, chunk: int, start: int) -> Backend:
-    """Which kernel attends: cuDNN where a chunk is long and its attention plain, else flash, else torch."""
+    """Which kernel attends: cuDNN where a chunk is long and its attention plain, else flash, else torch.
+
+    Of the chunks that do not begin their prompt, cuDNN gets those that begin at a multiple of their own length: their
+    few shapes can be warmed up, and building a plan for any other takes longer than flash loses.
+    """
     if dtype not in _HALF or rule.softcap is not None or head_dim % 8 or head_dim > 256:
         return "torch"
     windowed = rule.window is not None and rule.window < start + chunk
-    return "flash" if windowed or head_dim > 128 or chunk < _LONG_CHUNK else "cudnn"
+    odd = chunk < _LONG_CHUNK or start % chunk != 0
+    return "flash" if windowed or odd or head_dim > 128 else "cudnn"
 
 
 def prefill_attention(
@@ -57,7 +71,8 @@ def prefill_attention(
         out [chunk, heads, head_dim] in q's dtype (maybe strided); lse [heads, chunk] float32 (natural), or None.
     """
     end = start + q.shape[1]
-    k, v = k[:, :end], v[:, :end]
+    if k.shape[1] > end:
+        k, v = k[:, :end], v[:, :end]
     if backend is None:
         backend = choose_backend(q.dtype, q.shape[2], rule, q.shape[1], start) if q.is_cuda else "torch"
     if backend == "torch":
@@ -133,10 +148,14 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> tuple[T
     first, side = plan_sizes(chunk, start)
     before, after = start - first, first + side - end
     q = _padded(q, before, after)
-    out, lse = _cudnn_call(q, _padded(k[:, first:], 0, after), _padded(v[:, first:], 0, after), True, scale)
-    if first:
+    if not first:
+        out, lse = _cudnn_call(q, _padded(k, 0, after), _padded(v, 0, after), True, scale)
+    else:
+        out, lse = _cudnn_call(q, _padded(k[:, first:], 0, after), _padded(v[:, first:], 0, after), True, scale)
         _merge(out, lse, *_cudnn_call(q, k[:, :first], v[:, :first], False, scale))
-    return out[:, before : before + chunk].transpose(0, 1), lse[:, before : before + chunk]
+    if before or after:
+        out, lse = out[:, before : before + chunk], lse[:, before : before + chunk]
+    return out.transpose(0, 1), lse
 
 
 def _padded(x: Tensor, before: int, after: int) -> Tensor:
@@ -159,6 +178,26 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) 
         q[None], k[None], v[None], None, True, 0.0, causal, False, scale=scale
     )[:2]
     return out[0], lse.reshape(q.shape[:2]).contiguous()
+
+
+def warm_plans(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, chunk: int, most: int
+) -> None:
+    """Has cuDNN build its plans for chunks of ``chunk`` tokens that begin at its multiples and end by ``most``.
+
+    Otherwise each is built when it is first met, which takes 50 ms. Nothing waits for the device. Needs room for
+    keys of ``most`` tokens. The plans hold for q, k and v as [tokens, heads, head_dim] memory, and at
+    position 0 also for values that are a slice of a joined projection of q, k and v.
+    """
+    rule = AttentionRule(head_dim**-0.5)
+    if chunk > most or choose_backend(dtype, head_dim, rule, chunk, 0) != "cudnn":
+        return
+    q = torch.zeros(chunk, heads, head_dim, dtype=dtype, device=device).transpose(0, 1)
+    k = torch.zeros(most, kv_heads, head_dim, dtype=dtype, device=device).transpose(0, 1)
+    for start in range(0, most - chunk + 1, chunk):
+        prefill_attention(q, k, k, start=start, rule=rule)
+    joined = torch.zeros(chunk, heads + 2 * kv_heads, head_dim, dtype=dtype, device=device).transpose(0, 1)
+    prefill_attention(q, k, joined[-kv_heads:], start=0, rule=rule)
 
 
 @functools.cache
@@ -186,32 +225,27 @@ def _tiled_logsumexp(q: Tensor, k: Tensor, start: int, rule: AttentionRule) -> T
 def _merge(out: Tensor, lse: Tensor, past_out: Tensor, past_lse: Tensor) -> None:
     """Attention over the union of two sets of keys, into the first's results [heads, queries, head_dim], in place."""
     heads, queries, head_dim = out.shape
-    block = 16
-    _merge_kernel[(triton.cdiv(queries, block), heads)](
-        out,
-        lse,
-        past_out,
-        past_lse,
-        *out.stride()[:2],
-        *past_out.stride()[:2],
-        queries,
-        D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_T=block,
-        num_warps=4,
+    _merge_launch(
+        (-(-queries // _MERGED), heads, 1),
+        (out, lse, past_out, past_lse, *eighths(out, past_out), queries),
+        (head_dim, 1 << (head_dim - 1).bit_length(), _MERGED),
+        Options(warps=4),
     )
 
 
-@triton.jit(do_not_specialize=["queries"])  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["out_head8", "out_query8", "past_head8", "past_query8", "queries"],
+    do_not_specialize_on_alignment=["lse", "past_lse"],
+)
 def _merge_kernel(
     out: tl.tensor,
     lse: tl.tensor,
     past_out: tl.tensor,
     past_lse: tl.tensor,
-    out_head: tl.tensor,
-    out_query: tl.tensor,
-    past_head: tl.tensor,
-    past_query: tl.tensor,
+    out_head8: tl.tensor,
+    out_query8: tl.tensor,
+    past_head8: tl.tensor,
+    past_query8: tl.tensor,
     queries: tl.tensor,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -226,9 +260,12 @@ def _merge_kernel(
     own, past = tl.load(lse + row, mask=inside, other=0.0), tl.load(past_lse + row, mask=inside, other=0.0)
     top = tl.maximum(own, past)
     total = top + tl.log(tl.exp(own - top) + tl.exp(past - top))
-    out_at = out + head * out_head + query.to(tl.int64)[:, None] * out_query + column
-    past_at = past_out + head * past_head + query.to(tl.int64)[:, None] * past_query + column
+    out_at = out + head * out_head8 * 8 + query.to(tl.int64)[:, None] * out_query8 * 8 + column
+    past_at = past_out + head * past_head8 * 8 + query.to(tl.int64)[:, None] * past_query8 * 8 + column
     merged = tl.load(out_at, mask=tile, other=0.0).to(tl.float32) * tl.exp(own - total)[:, None]
     merged += tl.load(past_at, mask=tile, other=0.0).to(tl.float32) * tl.exp(past - total)[:, None]
     tl.store(out_at, merged.to(out.dtype.element_ty), mask=tile)
     tl.store(lse + row, total, mask=inside)
+
+
+_merge_launch = Launcher(_merge_kernel)

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from d2o.kernels.launch import Launcher, Options, eighths
 from d2o.kernels.paged import PagedTensors
 
 _BLOCK_TOKENS = 32
+_OPTIONS = Options(warps=4)
 
 
 def store_tokens(
@@ -29,7 +31,8 @@ def store_tokens(
     Tokens of a sequence stand together and in order of slot. No synchronisation, so it may be captured in a graph.
 
     Args:
-        k, v: [kv_heads, tokens, head_dim], any strides but the last, which is 1.
+        k, v: [kv_heads, tokens, head_dim]; the last stride is 1, the others are multiples of 8, and the memory is
+            aligned to 16 bytes.
         pool: where they go; changed in place.
         block_table: [layers, rows, pages_per_row] int32, contiguous.
         rows, slots, positions: [tokens] int32; a token whose slot is negative is padding and goes nowhere.
@@ -39,33 +42,13 @@ def store_tokens(
     kv_heads, tokens, head_dim = k.shape
     if tokens == 0:
         return
-    _store_kernel[(triton.cdiv(tokens, _BLOCK_TOKENS), kv_heads)](
-        k,
-        v,
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        pool.k,
-        pool.v,
-        pool.score,
-        pool.position,
-        pool.bias,
-        block_table,
-        rows,
-        slots,
-        positions,
-        layer,
-        tokens,
-        table_rows=block_table.shape[1],
-        pages_per_row=block_table.shape[2],
-        PAGE=pool.page_size,
-        D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_T=_BLOCK_TOKENS,
-        CLEAR=clear_tail,
-        num_warps=4,
-    )
+    _store(
+        (-(-tokens // _BLOCK_TOKENS), kv_heads, 1),
+        (k, v, *eighths(k, v), pool.k, pool.v, pool.score,
+         pool.position, pool.bias, block_table, rows, slots, positions, layer, tokens, *block_table.shape[1:]),
+        (pool.page_size, head_dim, 1 << (head_dim - 1).bit_length(), _BLOCK_TOKENS, clear_tail),
+        _OPTIONS,
+    )  # fmt: skip
 
 
 def gather_context(pool: PagedTensors, block_table: Tensor, layer: int, row: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -79,33 +62,27 @@ def gather_context(pool: PagedTensors, block_table: Tensor, layer: int, row: int
         torch.empty(tokens, pool.kv_heads, pool.head_dim, dtype=pool.k.dtype, device=pool.device) for _ in range(2)
     )
     if tokens:
-        _gather_kernel[(triton.cdiv(tokens, pool.page_size), pool.kv_heads)](
-            pool.k,
-            pool.v,
-            out_k,
-            out_v,
-            block_table,
-            layer,
-            row,
-            tokens,
-            table_rows=block_table.shape[1],
-            pages_per_row=block_table.shape[2],
-            PAGE=pool.page_size,
-            D=pool.head_dim,
-            BLOCK_D=triton.next_power_of_2(pool.head_dim),
-            num_warps=4,
+        page, head_dim = pool.page_size, pool.head_dim
+        _gather(
+            (-(-tokens // page), pool.kv_heads, 1),
+            (pool.k, pool.v, out_k, out_v, block_table, layer, row, tokens, *block_table.shape[1:]),
+            (page, head_dim, 1 << (head_dim - 1).bit_length()),
+            _OPTIONS,
         )
     return out_k.transpose(0, 1), out_v.transpose(0, 1)
 
 
-@triton.jit(do_not_specialize=["layer", "tokens", "table_rows", "pages_per_row"])  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["k_head8", "k_token8", "v_head8", "v_token8", "layer", "tokens", "table_rows", "pages_per_row"],
+    do_not_specialize_on_alignment=["rows", "slots", "positions"],
+)
 def _store_kernel(
     k: tl.tensor,
     v: tl.tensor,
-    k_head: tl.tensor,
-    k_token: tl.tensor,
-    v_head: tl.tensor,
-    v_token: tl.tensor,
+    k_head8: tl.tensor,
+    k_token8: tl.tensor,
+    v_head8: tl.tensor,
+    v_token8: tl.tensor,
     pool_k: tl.tensor,
     pool_v: tl.tensor,
     score: tl.tensor,
@@ -132,14 +109,17 @@ def _store_kernel(
     table = block_table + tl.cast(layer, tl.int64) * table_rows * pages_per_row
     token = first + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
+    # The tokens' own loads do not wait for their places.
+    inside = (token < tokens)[:, None] & (column < D)[None, :]
+    nth = token.to(tl.int64)[:, None]
+    key = tl.load(k + tl.cast(head, tl.int64) * k_head8 * 8 + nth * k_token8 * 8 + column, mask=inside)
+    value = tl.load(v + tl.cast(head, tl.int64) * v_head8 * 8 + nth * v_token8 * 8 + column, mask=inside)
     slot = tl.load(slots + token, mask=token < tokens, other=-1)
+    row = tl.load(rows + token, mask=token < tokens, other=0).to(tl.int64)
     held = slot >= 0
-    row = tl.load(rows + token, mask=held, other=0).to(tl.int64)
     page = tl.load(table + row * pages_per_row + slot // PAGE, mask=held, other=0).to(tl.int64)
     place = (page * kv_heads + head) * PAGE + slot % PAGE
     tile = held[:, None] & (column < D)[None, :]
-    key = tl.load(k + tl.cast(head, tl.int64) * k_head + token.to(tl.int64)[:, None] * k_token + column, mask=tile)
-    value = tl.load(v + tl.cast(head, tl.int64) * v_head + token.to(tl.int64)[:, None] * v_token + column, mask=tile)
     tl.store(pool_k + place[:, None] * D + column, key, mask=tile)
     tl.store(pool_v + place[:, None] * D + column, value, mask=tile)
     tl.store(position + place, tl.load(positions + token, mask=held, other=0), mask=held)
@@ -220,3 +200,6 @@ def _gather_kernel(
     target = (slot.to(tl.int64) * kv_heads + head)[:, None] * D + column
     tl.store(out_k + target, tl.load(pool_k + source, mask=tile), mask=tile)
     tl.store(out_v + target, tl.load(pool_v + source, mask=tile), mask=tile)
+
+
+_store, _gather = Launcher(_store_kernel), Launcher(_gather_kernel)

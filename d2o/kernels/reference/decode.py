@@ -63,11 +63,15 @@ def decode_attention(
     return out.to(q.dtype)
 
 
-def plan_shares(lengths: list[int], target: int, unit: int) -> list[int]:
-    """Slots of each item but the last, for one layer's sequences: equal parts, none larger than a target's share."""
+def plan_shares(lengths: list[int], target: int, unit: int, worth: int) -> list[int]:
+    """Slots of each item but the last, for one layer's sequences: equal parts, none larger than a target's share.
+
+    Unless that is less than ``worth``: then as much, while it leaves a quarter of the target's parts.
+    """
 
     def whole_units(slots: int, parts: int) -> int:
         return max(1, math.ceil(math.ceil(slots / parts) / unit)) * unit
 
-    limit = whole_units(sum(lengths), target)
+    slots = sum(lengths)
+    limit = whole_units(max(math.ceil(slots / target), min(worth, math.ceil(4 * slots / target))), 1)
     return [whole_units(length, math.ceil(length / limit)) for length in lengths]

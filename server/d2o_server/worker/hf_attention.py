@@ -158,7 +158,7 @@ def attention(
     if step is None:
         raise ValueError("d2o attention was called without its step context")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    layer: int = module.layer_idx  # type: ignore[assignment]
     return step.attend(layer, query, key, value, scale, sliding_window, softcap)[None], None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from d2o.attention import AttentionRule, ScoreTarget, prefill_attention
-from d2o.kernels.column_sums import Tiling, add_column_sums
+from d2o.kernels.column_sums import PIPELINED, Tiling, add_column_sums
 from d2o.kernels.reference import column_sums as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,4 +154,26 @@ def test_real_shapes(head_dim: int, stride: int, window: int | None) -> None:
     rule = AttentionRule(head_dim**-0.5, window)
     ours = fill(add_column_sums, blank(8, 2, 3001, 32, stride=stride), q, k, rule, [1000, 2048])
     theirs = fill(reference.add_column_sums, blank(8, 2, 3001, 32, stride=stride), q, k, rule, [])
+    assert_equal(ours, theirs, 1e-3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        PIPELINED,
+        replace(PIPELINED, keys=128, warps=4),
+        replace(PIPELINED, keys=128, queries=128, stages=3),
+        replace(PIPELINED, poly=1, ordered=False),
+    ],
+)
+def test_the_pipelined_kernel(head_dim: int, stride: int, tiling: Tiling) -> None:
+    q, k = queries_keys(8, 2, 6001, head_dim, torch.bfloat16)
+    rule = AttentionRule(head_dim**-0.5)
+    fields = {"stride": stride, "first_query": 100}
+    ours = fill(add_column_sums, blank(8, 2, 6001, 32, **fields), q, k, rule, [1500, 3584], tiling=tiling)
+    theirs = fill(reference.add_column_sums, blank(8, 2, 6001, 32, **fields), q, k, rule, [1500, 3584])
     assert_equal(ours, theirs, 1e-3)

@@ -52,7 +52,9 @@ def assert_defined(
     ("expected", "dtype", "head_dim", "rule", "chunk", "start"),
     [
         ("cudnn", torch.bfloat16, 128, PLAIN, 8192, 0),
-        ("cudnn", torch.float16, 64, PLAIN, 1024, 5000),
+        ("cudnn", torch.float16, 64, PLAIN, 1024, 5120),
+        ("flash", torch.float16, 64, PLAIN, 1024, 5000),
+        ("flash", torch.bfloat16, 128, PLAIN, 1808, 8192),
         ("cudnn", torch.bfloat16, 128, AttentionRule(0.1, window=9000), 8192, 0),
         ("flash", torch.bfloat16, 128, AttentionRule(0.1, window=9000), 8192, 8192),
         ("flash", torch.bfloat16, 128, PLAIN, 1023, 0),
@@ -113,6 +115,30 @@ def test_parts_merge_by_their_logsumexp(tokens: int, head_dim: int) -> None:
     out, lse = own[0].transpose(0, 1), own[1]
     prefill._merge(out, lse, past_out, torch.logsumexp(past, -1))
     assert_defined((out.transpose(0, 1), lse), q, k, v, tokens, PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "chunk", "most", "starts"),
+    [
+        (torch.bfloat16, 128, 1024, 3500, [0, 1024, 2048, 0]),
+        (torch.bfloat16, 128, 4096, 4000, []),
+        (torch.float32, 128, 1024, 3500, []),
+        (torch.bfloat16, 256, 1024, 3500, []),
+    ],
+)
+def test_plans_are_warmed_up_for_every_whole_chunk(
+    dtype: torch.dtype, head_dim: int, chunk: int, most: int, starts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, start: int, rule: AttentionRule) -> None:
+        assert q.shape == (4, chunk, head_dim)
+        assert k.shape[1] >= start + chunk
+        met.append(start)
+
+    monkeypatch.setattr(prefill, "prefill_attention", attend)
+    prefill.warm_plans(torch.device("cpu"), dtype, 4, 2, head_dim, chunk, most)
+    assert met == starts
 
 
 def test_a_softcap_is_not_packed() -> None:

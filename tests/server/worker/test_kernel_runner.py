@@ -15,7 +15,7 @@ from d2o_server.settings import worker_settings
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.gpu.build import assemble
 from d2o_server.worker.gpu.model import forward_of, join_projections
-from d2o_server.worker.gpu.step import AttentionOperator
+from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.pool_plan import PoolPlan
 from tests.server.worker.conftest import NONE, PAGE, Answer, Harness, load, random_prompts, served_model
 
@@ -39,7 +39,8 @@ def kernel_core(model: nn.Module, *, pages: int = 400, chunk: int = 64, sequence
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = PoolPlan.of(settings, describe(model.config), torch.float32, device)  # type: ignore[arg-type]
-    return assemble(plan, forward_of(model.to(device), compiled=False), AttentionOperator(), pages)
+    forward = forward_of(model.to(device), plan.shape.layers, compiled=False)
+    return assemble(plan, forward, AttentionOperator(), pages)
 
 
 class KernelHarness(Harness):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from d2o.config import D2OConfig
+from d2o.kernels.prefill import warm_plans
 from d2o_server.engine.memory import CacheShape
 from d2o_server.engine.scheduler import Scheduler
 from d2o_server.errors import SettingsError
@@ -18,8 +19,8 @@ from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.model import Forward, forward_of, join_projections
+from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.runner import KernelRunner
-from d2o_server.worker.gpu.step import AttentionOperator
 from d2o_server.worker.pool_plan import PoolPlan
 from d2o_server.worker.warm_up import warm_up
 
@@ -46,8 +47,11 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
         _keep_compiled_code(settings.compile_cache)
     join_projections(model)
     operator = AttentionOperator()
-    forward = forward_of(model, compiled=settings.compile)
+    forward = forward_of(model, plan.shape.layers, compiled=settings.compile)
     progress("compiling and measuring the model" if settings.compile else "measuring the model")
+    shape, chunk = plan.shape, settings.prefill_tokens or PREFILL_TOKENS
+    heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
+    warm_plans(plan.device, plan.dtype, *heads, chunk, plan.max_model_len)
     pages = settings.num_pages or _affordable_pages(plan, forward, operator)
     core = assemble(plan, forward, operator, plan.checked(pages))
     if settings.graphs and isinstance(core.runner, KernelRunner):

@@ -13,7 +13,8 @@ from d2o.kernels.decode import DecodePlan, DecodeWorkspace, decode_items, plan_d
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.device import upload
 from d2o_server.worker.gpu.model import Forward, Logits
-from d2o_server.worker.gpu.step import AttentionOperator, DecodePart, KernelStep
+from d2o_server.worker.gpu.operator import AttentionOperator
+from d2o_server.worker.gpu.step import DecodePart, KernelStep
 
 _WARM_UP_RUNS = 2
 

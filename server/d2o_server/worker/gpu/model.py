@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o_server.worker.distribution import greedy, pad_vocabulary
-from d2o_server.worker.gpu.step import OperatorStep
+from d2o_server.worker.gpu.operator import OperatorStep
 
 Forward = Callable[[Tensor, Tensor, Tensor, OperatorStep], "Logits"]
 
@@ -93,17 +93,33 @@ class Logits:
         return Logits(self.logits[:rows], self.best_ids[:rows], self.best[:rows])
 
 
-def forward_of(model: nn.Module, *, compiled: bool) -> Forward:
+def forward_of(model: nn.Module, layers: int, *, compiled: bool) -> Forward:
     """The model as a function of input_ids [1, tokens], position_ids [1, tokens], rows to keep [n] and the step.
 
-    Compiled, one form serves all numbers of tokens and of rows but 1, for which another would be made.
+    Compiled, its ``layers`` blocks share one form (one for each kind of layer), which serves all numbers of tokens but
+    1: so a start takes seconds, and loses only what could be fused across blocks.
     """
+    choose = _best
+    if compiled:
+        # Blocks differ in their number, which only the attention operator reads.
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
+        for block in _blocks(model, layers):
+            block.compile(fullgraph=True, dynamic=True)
+        choose = torch.compile(_best, fullgraph=True, dynamic=True)
 
-    def forward(input_ids: Tensor, position_ids: Tensor, keep: Tensor, step: OperatorStep) -> tuple[Tensor, ...]:
+    def forward(input_ids: Tensor, position_ids: Tensor, keep: Tensor, step: OperatorStep) -> Logits:
         out = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, step=step)
         logits: Tensor = out.logits[0]
-        return logits, *greedy(pad_vocabulary(logits))
+        return Logits(logits, *choose(logits))
 
-    # The step is the same object every time, and so are its guards.
-    run = torch.compile(forward, fullgraph=True, dynamic=True) if compiled else forward
-    return lambda input_ids, position_ids, keep, step: Logits(*run(input_ids, position_ids, keep, step))
+    return forward
+
+
+def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return greedy(pad_vocabulary(logits))
+
+
+def _blocks(model: nn.Module, layers: int) -> nn.ModuleList:
+    """The list of the model's blocks."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next(found for found in lists if len(found) == layers)

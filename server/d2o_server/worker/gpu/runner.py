@@ -19,7 +19,9 @@ from d2o_server.worker.gpu.device import Download, upload
 from d2o_server.worker.gpu.draws import draw_rows
 from d2o_server.worker.gpu.graphs import DecodeGraphs, batch_sizes, processors, workspace_for
 from d2o_server.worker.gpu.model import Forward, Logits
-from d2o_server.worker.gpu.step import AttentionOperator, Chunk, DecodePart, KernelStep, PrefillPart
+from d2o_server.worker.gpu.operator import AttentionOperator
+from d2o_server.worker.gpu.prompts import Chunk, PrefillPart
+from d2o_server.worker.gpu.step import DecodePart, KernelStep
 from d2o_server.worker.runner import Launched, Runner, Sampled, StepOutcome
 from d2o_server.worker.sampler import SampledBatch, no_numbers
 

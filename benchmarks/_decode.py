@@ -1,0 +1,197 @@
+"""Batches for decode attention on a GPU: how long a layer takes, and whether it does what its torch twin does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._gpu import GpuFacts, time_graph
+from d2o.kernels.decode import (
+    DecodeConfig,
+    DecodePlan,
+    DecodeWorkspace,
+    decode_attention,
+    decode_items,
+    plan_decode,
+)
+from d2o.kernels.decode_plan import WORTH_SLOTS
+from d2o.kernels.paged import PagedTensors
+from d2o.kernels.reference import decode as reference
+
+REPLAYS = (
+    (20000, 1, 700, 6592, 512, 31, 2048, 128),
+    (1, 1, 1, 1, 1, 1, 1, 1),
+    (300, 20000, 129, 64, 4096, 1, 9000, 2),
+    (19999, 19998, 20000, 17, 20000, 15000, 12345, 20000),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """An attention's shape."""
+
+    kv_heads: int = 8
+    group: int = 4
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def slot_bytes(self) -> int:
+        """Keys and values of one slot, over all KV heads."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One batch: the slots of each sequence. ``target`` is the share of the read bandwidth to reach with scores."""
+
+    name: str
+    lengths: tuple[int, ...]
+    page_size: int = 32
+    target: float | None = None
+
+
+class Batch:
+    """A pool filled at random, its tables, and one new token a sequence."""
+
+    def __init__(self, shape: Shape, heads: Heads, *, layers: int) -> None:
+        self.shape, self.heads, self.layers = shape, heads, layers
+        batch, page = len(shape.lengths), shape.page_size
+        columns = -(-max(shape.lengths) // page)
+        needed = [-(-length // page) for length in shape.lengths]
+        pages = layers * sum(needed)
+        order = torch.randperm(pages, dtype=torch.int32)
+        table, at = torch.zeros(layers, batch, columns, dtype=torch.int32), 0
+        for layer in range(layers):
+            for row, count in enumerate(needed):
+                table[layer, row, :count] = order[at : at + count]
+                at += count
+        self.table = table.cuda()
+        slots = (pages, heads.kv_heads, page)
+        k, v = (torch.randn(*slots, heads.head_dim, dtype=heads.dtype, device="cuda") for _ in range(2))
+        position = torch.randint(0, max(shape.lengths), slots, dtype=torch.int32, device="cuda")
+        score, bias = torch.zeros(slots, device="cuda"), torch.rand(slots, device="cuda")
+        self.pool = PagedTensors(k, v, score, position, bias)
+        self.rows = torch.arange(batch, dtype=torch.int32, device="cuda")
+        self.lengths = torch.tensor([shape.lengths] * layers, dtype=torch.int32, device="cuda")
+        self.positions = self.lengths[0].clone()
+        hidden = (batch, heads.kv_heads, heads.head_dim)
+        self.q = 2 * torch.randn(batch, heads.kv_heads * heads.group, heads.head_dim, device="cuda").to(heads.dtype)
+        self.k_new, self.v_new = (torch.randn(hidden, device="cuda").to(heads.dtype) for _ in range(2))
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, PagedTensors, Tensor, Tensor, Tensor]:
+        return self.q, self.k_new, self.v_new, self.pool, self.table, self.rows, self.positions
+
+    def workspace(self, items: int) -> DecodeWorkspace:
+        heads = self.heads
+        return DecodeWorkspace.allocate(
+            batch=len(self.shape.lengths),
+            items=items,
+            heads=heads.kv_heads * heads.group,
+            kv_heads=heads.kv_heads,
+            head_dim=heads.head_dim,
+            slots=sum(self.shape.lengths),
+            device="cuda",
+        )
+
+    def items(self, **waves: int) -> int:
+        return decode_items(len(self.shape.lengths), self.heads.kv_heads, GpuFacts.read().processors, **waves)
+
+    def rule(self, **changed: Any) -> dict[str, Any]:
+        return {"scale": self.heads.head_dim**-0.5, "window": None, "softcap": None} | changed
+
+    def config(self, **changes: Any) -> DecodeConfig:
+        return replace(DecodeConfig.choose(self.heads.head_dim, self.heads.dtype, self.shape.page_size), **changes)
+
+    def time(
+        self, mode: dict[str, bool], config: DecodeConfig | None = None, worth: int = WORTH_SLOTS, **waves: int
+    ) -> float:
+        """Milliseconds of one layer's attention."""
+        plan = plan_decode(self.lengths, items=self.items(**waves), worth=worth)
+        workspace, rule = self.workspace(plan.items), self.rule(**mode)
+
+        def attend(layer: int) -> Tensor:
+            return decode_attention(*self.inputs, plan, layer, workspace=workspace, config=config, **rule)
+
+        return time_graph([partial(attend, layer) for layer in range(self.layers)])
+
+    def time_plan(self) -> float:
+        """Milliseconds to plan a step of 32 layers."""
+        lengths = self.lengths[:1].repeat(32, 1)
+        plan = DecodePlan.empty(lengths, self.items())
+        return time_graph([lambda: plan_decode(lengths, items=plan.items, out=plan)] * 8)
+
+    def necessary_bytes(self, mode: dict[str, bool]) -> int:
+        extra = self.heads.kv_heads * (8 * mode["score"] + 4 * mode["bias"])
+        return sum(self.shape.lengths) * (self.heads.slot_bytes + extra)
+
+
+def check(heads: Heads, page_size: int = 32, changes: dict[str, Any] | None = None, **rule: Any) -> dict[str, float]:
+    """Largest differences to the twin in float32 on the same values, on fresh data; raises where they are too large."""
+    batch = Batch(Shape("check", (5000, 1, 700, 64, 31), page_size), heads, layers=2)
+    rule = batch.rule(score=True, bias=True, **rule)
+    batch.pool.score.uniform_()
+    plan = plan_decode(batch.lengths, items=batch.items())
+    workspace = batch.workspace(plan.items)
+    for scratch in (workspace.partial, workspace.peak, workspace.total, workspace.stash, workspace.stash_peak):
+        scratch.fill_(float("nan"))
+    expected, after = twin(batch, rule)
+    config = batch.config(**(changes or {}))
+    out = decode_attention(*batch.inputs, plan, 1, workspace=workspace, config=config, **rule)
+    return compare(batch, out, expected, after, workspace)
+
+
+def twin(batch: Batch, rule: dict[str, Any]) -> tuple[Tensor, PagedTensors]:
+    """What layer 1 of the batch must give, and its pool afterwards."""
+    pool = batch.pool
+    copy = PagedTensors(pool.k.float(), pool.v.float(), pool.score.clone(), pool.position.clone(), pool.bias.clone())
+    new = (batch.q.float(), batch.k_new.float(), batch.v_new.float(), copy)
+    return reference.decode_attention(*new, *batch.inputs[4:], batch.lengths, 1, **rule), copy
+
+
+def compare(
+    batch: Batch, out: Tensor, expected: Tensor, after: PagedTensors, workspace: DecodeWorkspace
+) -> dict[str, float]:
+    pool, exact = batch.pool, batch.heads.dtype == torch.float32
+    torch.testing.assert_close(pool.score, after.score, rtol=1e-3, atol=1e-6)
+    for name in ("k", "v", "bias", "position"):
+        given, wanted = getattr(pool, name), getattr(after, name)
+        torch.testing.assert_close(given.to(wanted.dtype), wanted, rtol=0, atol=0)
+    error = float((out.float() - expected).norm() / expected.norm())
+    if not error < (1e-5 if exact else 1e-2):
+        raise AssertionError(f"{batch.heads}: relative error {error}")
+    if int(workspace.arrivals.abs().max()):
+        raise AssertionError("counters of arrivals are not 0 again")
+    return {"output_relative_norm": error, "score_largest": float((pool.score - after.score).abs().max())}
+
+
+def check_replays(rounds: int = 3) -> dict[str, float]:
+    """One captured step, replayed at changing lengths; the worst differences to the twin."""
+    longest = max(max(lengths) for lengths in REPLAYS)
+    batch = Batch(Shape("replays", (longest,) * len(REPLAYS[0])), Heads(), layers=2)
+    rule, items = batch.rule(score=True, bias=True), batch.items()
+    workspace, plan = batch.workspace(items), DecodePlan.empty(batch.lengths, items)
+
+    def step() -> Tensor:
+        plan_decode(batch.lengths, items=items, out=plan)
+        return decode_attention(*batch.inputs, plan, 1, workspace=workspace, **rule)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    worst: dict[str, float] = {}
+    for lengths in REPLAYS * rounds:
+        batch.lengths.copy_(torch.tensor([lengths] * 2, dtype=torch.int32))
+        expected, after = twin(batch, rule)
+        out.fill_(float("nan"))
+        graph.replay()
+        found = compare(batch, out, expected, after, workspace)
+        worst = {name: max(value, worst.get(name, 0.0)) for name, value in found.items()}
+    return worst

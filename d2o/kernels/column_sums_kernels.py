@@ -1,0 +1,171 @@
+"""The kernel of :mod:`d2o.kernels.column_sums`: one program owns a block of keys and walks over the queries."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def sampled_before(position: tl.tensor, stride: tl.tensor, SAMPLE: tl.constexpr) -> tl.tensor:
+    """How many sampled queries stand before a position."""
+    return position // (SAMPLE * stride) * SAMPLE + tl.minimum(position % (SAMPLE * stride), SAMPLE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _exp2_polynomial(x: tl.tensor) -> tl.tensor:
+    """2**x without the special function unit: 2**round(x) by the exponent, the rest by a minimax cubic."""
+    x = tl.maximum(x, -126.0)
+    shifted = x + 12582912.0
+    rest = x - (shifted - 12582912.0)
+    power = 0.99992807 + rest * (0.69326099 + rest * (0.24261113 + rest * 0.05517167))
+    exponent = shifted.to(tl.int32, bitcast=True) << 23
+    return (power.to(tl.int32, bitcast=True) + exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _exponents(
+    key_tile: tl.tensor,
+    q: tl.tensor,
+    lse: tl.tensor,
+    factor: tl.tensor,
+    cap: tl.tensor,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """log2 of the probabilities [keys, queries] of one tile."""
+    logits = tl.dot(key_tile, tl.trans(q), input_precision=PRECISION)
+    logits *= factor
+    if SOFTCAP:
+        logits = cap * (1.0 - 2.0 / (1.0 + tl.exp2(tl.minimum(logits, 64.0))))
+    return logits - (lse * 1.4426950408889634)[None, :]
+
+
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=list(range(5, 19)),  # all numbers
+    do_not_specialize_on_alignment=["lse", "out", "table"],
+)
+def column_sums_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    lse: tl.tensor,
+    out: tl.tensor,
+    table: tl.tensor,
+    q_head8: tl.tensor,
+    q_token8: tl.tensor,
+    k_head8: tl.tensor,
+    k_token8: tl.tensor,
+    lse_head: tl.tensor,
+    out_row: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    first: tl.tensor,
+    stride: tl.tensor,
+    extra: tl.tensor,
+    layer: tl.tensor,
+    factor: tl.tensor,
+    cap: tl.tensor,
+    PACKED: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    EXTRA: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FOLD: tl.constexpr,
+    POLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """One program: BLOCK_K keys of HEADS query heads, from the diagonal to the end of the chunk.
+
+    ``PACKED``: the program's line of ``table`` [lines, 8] int64 says which prompt it serves: where that begins, its
+    length, first key, the address of its layer 0 of [layers, rows, length] float32, first query, stride, extra.
+    """
+    row = tl.program_id(1)
+    q_token, k_token = q_token8 * 8, k_token8 * 8
+    if PACKED:
+        line = table + tl.program_id(0) * 8
+        begins = tl.load(line)
+        end = tl.load(line + 1).to(tl.int32)
+        low_key = tl.load(line + 2).to(tl.int32)
+        address = tl.load(line + 3) + (tl.cast(layer, tl.int64) * tl.num_programs(1) + row) * end * 4
+        out = address.to(tl.pointer_type(tl.float32))
+        first = tl.load(line + 4).to(tl.int32)
+        stride = tl.load(line + 5).to(tl.int32)
+        extra = tl.load(line + 6).to(tl.int32)
+        q += begins * q_token
+        k += begins * k_token
+        lse += begins
+    else:
+        low_key = tl.program_id(0) * BLOCK_K
+        out += tl.cast(row, tl.int64) * out_row
+    key = low_key + tl.arange(0, BLOCK_K)
+    column = tl.arange(0, BLOCK_D)
+    nth = tl.arange(0, BLOCK_Q)
+    inner = nth // SAMPLE * (SAMPLE * stride) + nth % SAMPLE
+    k += tl.cast(row * HEADS // GROUP, tl.int64) * k_head8 * 8
+    key_mask = (key < end)[:, None] & (column < D)[None, :]
+    key_tile = tl.load(k + key.to(tl.int64)[:, None] * k_token + column, mask=key_mask, other=0.0)
+
+    # Numbers of sampled queries: those that see any of the keys, and among them the tiles that see them all.
+    last_seen, last_whole = end, end
+    if WINDOW > 0:
+        last_seen = tl.minimum(end, low_key + BLOCK_K - 1 + WINDOW)
+        last_whole = tl.minimum(end, low_key + WINDOW)
+    begin = sampled_before(tl.maximum(first, low_key), stride, SAMPLE) // BLOCK_Q * BLOCK_Q
+    finish = tl.cdiv(sampled_before(last_seen, stride, SAMPLE), BLOCK_Q) * BLOCK_Q
+    whole = tl.cdiv(sampled_before(tl.maximum(first, low_key + BLOCK_K - 1), stride, SAMPLE), BLOCK_Q) * BLOCK_Q
+    whole = tl.minimum(whole, finish)
+    whole_end = tl.maximum(whole, sampled_before(last_whole, stride, SAMPLE) // BLOCK_Q * BLOCK_Q)
+    before = tl.maximum(whole - begin, 0) // BLOCK_Q
+    partial = before + tl.maximum(finish - whole_end, 0) // BLOCK_Q
+
+    sums = tl.zeros([BLOCK_K], tl.float32)
+    tile_sums = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+    for head in range(HEADS):
+        q_rows = q + tl.cast(row * HEADS + head, tl.int64) * q_head8 * 8
+        lse_row = lse + tl.cast(row * HEADS + head, tl.int64) * lse_head
+        for i in tl.range(0, partial + EXTRA, num_stages=1):
+            number = tl.where(i < before, begin + i * BLOCK_Q, whole_end + (i - before) * BLOCK_Q)
+            position = number // SAMPLE * (SAMPLE * stride) + number % SAMPLE + inner
+            weight = 1.0
+            if EXTRA > 0:  # the prompt's last block: nothing follows it that could count
+                is_extra = i >= partial
+                position = tl.where(is_extra, extra + (i - partial) * BLOCK_Q + nth, position)
+                weight = tl.where(is_extra, 1.0 / stride, 1.0)
+            counts = (position >= first) & (position < end)
+            place = (position - start).to(tl.int64)
+            q_mask = counts[:, None] & (column < D)[None, :]
+            q_tile = tl.load(q_rows + place[:, None] * q_token + column, mask=q_mask, other=0.0)
+            row_lse = tl.load(lse_row + place, mask=counts, other=0.0)
+            x = _exponents(key_tile, q_tile, row_lse, factor, cap, SOFTCAP, PRECISION)
+            seen = counts[None, :] & (key[:, None] <= position[None, :])
+            if WINDOW > 0:
+                seen &= key[:, None] > position[None, :] - WINDOW
+            p = tl.exp2(tl.where(seen, x, float("-inf"))) * weight
+            if FOLD:
+                sums += tl.sum(p, 1)
+            else:
+                tile_sums += p
+        q_inner = inner[:, None] * q_token + column[None, :]
+        for number in tl.range(whole, whole_end, BLOCK_Q, num_stages=STAGES):
+            place = number // SAMPLE * (SAMPLE * stride) + number % SAMPLE - start
+            q_at = q_rows + tl.cast(place, tl.int64) * q_token + q_inner
+            q_tile = tl.load(q_at) if D == BLOCK_D else tl.load(q_at, mask=(column < D)[None, :], other=0.0)
+            row_lse = tl.load(lse_row + place + inner)
+            x = _exponents(key_tile, q_tile, row_lse, factor, cap, SOFTCAP, PRECISION)
+            p = tl.exp2(x)
+            if POLY > 0:
+                p = tl.where((nth // 8 % 8 < POLY)[None, :], _exp2_polynomial(x), p)
+            if FOLD:
+                sums += tl.sum(p, 1)
+            else:
+                tile_sums += p
+    if not FOLD:
+        sums = tl.sum(tile_sums, 1)
+    tl.store(out + key, tl.load(out + key, mask=key < end, other=0.0) + sums * stride, mask=key < end)

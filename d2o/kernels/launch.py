@@ -1,0 +1,59 @@
+"""Launches whose cost on the host does not depend on how many arguments Triton would have to look at."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Options(NamedTuple):
+    """Of a compiled kernel: warps, pipeline stages, most registers of a thread (None: as the compiler likes)."""
+
+    warps: int
+    stages: int = 3
+    registers: int | None = None
+
+
+def eighths(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """First and second strides of tensors by eight: a kernel that multiplies them again knows that they are aligned.
+
+    Raises:
+        ValueError: one is not a multiple of 8.
+    """
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
+    for stride in strides:
+        if stride & 7:
+            raise ValueError(f"strides: got {strides}, allowed are multiples of 8: head_dim must be one")
+    return tuple([stride >> 3 for stride in strides])
+
+
+class Launcher:
+    """A kernel whose compiled forms are found again by its constants, options, device and its first tensor's dtype.
+
+    Triton finds them by the type, the value and the alignment of every argument, which takes longer than many kernels
+    run. So nothing else may decide which form is right: the kernel's integers are ``do_not_specialize``, the alignment
+    of its pointers is either unspecialised or the same in all calls, and all dtypes follow from the first one.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._compiled: dict[tuple[object, ...], Any] = {}
+
+    def __call__(
+        self, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options
+    ) -> None:
+        """Launches on the current stream; ``arguments`` then ``constants`` are the kernel's parameters in order."""
+        first: torch.Tensor = arguments[0]
+        key = (first.device, first.dtype, constants, options)
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments, *constants)
+            return
+        named = dict(zip(self._kernel.arg_names[len(arguments) :], constants, strict=True))
+        chosen = {"num_warps": options.warps, "num_stages": options.stages}
+        if options.registers is not None:
+            chosen["maxnreg"] = options.registers
+        compiled = self._kernel[grid](*arguments, **named, **chosen)
+        if compiled is not None:
+            self._compiled[key] = compiled
