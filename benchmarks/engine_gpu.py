@@ -24,11 +24,14 @@ _PROFILED = 16
 _BATCHES = (1, 4, 16, 32, 64, 128, 192, 256)
 # Names of kernels by what they do; the rest is normalisation, rotation, activation and sampling.
 _KINDS = {
-    "attention": ("attend_kernel", "combine_kernel", "plan_kernel"),
+    "attention": ("attend_kernel", "_plan_kernel", "cudnn", "flash", "fmha", "_merge_kernel"),
+    "scores": ("column_sums", "score_kernel"),
     "matrices": ("nvjet", "gemm", "cublas", "splitK", "cutlass"),
-    "eviction": ("_cut_kernel", "cut_kernel", "keys_kernel", "split_kernel", "direct_kernel", "fold_kernel",
-                 "move_kernel", "segments_kernel", "sort", "Sort"),
-}  # fmt: skip
+    "eviction": (
+        *("cut_kernel", "keys_kernel", "split_kernel", "direct_kernel", "stage_kernel", "staged_kernel"),
+        *("fold_kernel", "move_kernel", "segments_kernel", "sort", "Sort"),
+    ),
+}
 _NEVER = 1 << 40
 
 
@@ -69,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["concurrency"] = [_concurrency(worker, slots) for slots in (4096, 1024)]
     if options.profile:
         result["parts_ms"] = [_parts(worker, batch, slots, options.out) for batch, slots in SHAPES]
+        if options.prompt:
+            result["prompt_parts_ms"] = _prompt_parts(worker, options.prompt, options.out)
     print(_gpu.write_result(options.out, "engine_gpu", result))
 
 
@@ -145,7 +150,8 @@ def _concurrency(worker: Any, slots: int) -> dict[str, Any]:
 
     rates: dict[str, float] = {}
     for batch in _BATCHES:
-        if batch > worker.core.scheduler.max_sequences:
+        room = worker.core.pool_state().total // (worker.shape.layers * worker.core.shape.pages(slots + 64))
+        if batch > min(room, worker.core.scheduler.max_sequences):
             break
         with _engine.occupied(worker.core, sequences=batch, slots=slots, config=NONE, steps=64):
             took = _engine.time_steps(worker.core, steps=24)
@@ -161,19 +167,46 @@ def _parts(worker: Any, batch: int, slots: int, out: Path) -> dict[str, Any]:
     config = D2OConfig(budget_tokens=slots - worker.core.shape.page_size)
     with _engine.occupied(worker.core, sequences=batch, slots=slots, config=config, steps=100):
         _engine.time_steps(worker.core, steps=8)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with _profiler() as profile:
             steps = _engine.time_steps(worker.core, steps=_PROFILED, warm_up=0)
-    parts = dict.fromkeys((*_KINDS, "other"), 0.0)
-    events = [event for event in profile.key_averages() if event.self_device_time_total]
-    for event in events:
-        kind = next((kind for kind, words in _KINDS.items() if any(word in event.key for word in words)), "other")
-        parts[kind] += event.self_device_time_total / 1000 / _PROFILED
-    idle = steps.device_ms - sum(parts.values())
-    table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80)
-    (out / f"engine_gpu_{batch}x{slots}.txt").write_text(table)
-    row = {"sequences": batch, "slots": slots, **parts, "idle": idle}
+    parts = _by_kind(profile, _PROFILED, out / f"engine_gpu_{batch}x{slots}.txt")
+    row = {"sequences": batch, "slots": slots, **parts, "idle": steps.device_ms - sum(parts.values())}
     print(row, flush=True)
     return row
+
+
+def _prompt_parts(worker: Any, tokens: int, out: Path) -> dict[str, Any]:
+    """The same of a prompt that is read and compressed."""
+    from benchmarks import _engine
+
+    prompt = tuple(index * 7919 % worker.shape.vocabulary_size for index in range(tokens))
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    with _profiler() as profile:
+        _engine.submit(worker.core, "profiled", prompt, D2OConfig(ratio=0.2, min_budget=1024), 1)
+        while worker.core:
+            worker.core.step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    parts = _by_kind(profile, 1, out / "engine_gpu_prompt.txt")
+    row = {"prompt_tokens": tokens, **parts, "idle": 1000 * seconds - sum(parts.values())}
+    print(row, flush=True)
+    return row
+
+
+def _profiler() -> torch.profiler.profile:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+
+def _by_kind(profile: torch.profiler.profile, runs: int, table: Path) -> dict[str, float]:
+    """Milliseconds a run by kind of kernel; the kernels themselves go into a file."""
+    parts = dict.fromkeys((*_KINDS, "other"), 0.0)
+    averages = profile.key_averages()
+    for event in averages:
+        kind = next((kind for kind, words in _KINDS.items() if any(word in event.key for word in words)), "other")
+        parts[kind] += event.self_device_time_total / 1000 / runs
+    table.write_text(averages.table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80))
+    return parts
 
 
 if __name__ == "__main__":

@@ -182,24 +182,24 @@ class Benchmark:
     def __init__(self, parsed: argparse.Namespace) -> None:
         self._parsed = parsed
         self._excluded = special_ids(parsed.model)
-        self.runs: dict[str, list[Run]] = {name: [] for name in parsed.workloads}
+        self._cells = _cells(parsed)
+        self.runs: dict[str, list[Run]] = {name: [] for name, _ in self._cells}
 
     async def run(self) -> Path:
         """Runs everything; returns the file with the results."""
         with server_process(*self._flags()) as server:
             async with open_client(server.target) as client:
                 info = await client.model_info()
-                for name in self._parsed.workloads:
-                    for policy in self._parsed.policies:
-                        run = await self._cell(server, client, info, WORKLOADS[name], policy)
-                        self.runs[name].append(run)
-                        path = _cli.write_json(self._parsed.out, self._parsed.name, self._report(info))
-                        _say(name, run)
+                for name, policy in self._cells:
+                    run = await self._cell(server, client, info, WORKLOADS[name], policy)
+                    self.runs[name].append(run)
+                    path = _cli.write_json(self._parsed.out, self._parsed.name, self._report(info))
+                    _say(name, run)
         return path
 
     def _flags(self) -> list[str]:
         """All requests may wait, and as many run as the largest workload has."""
-        chosen = [WORKLOADS[name] for name in self._parsed.workloads]
+        chosen = [WORKLOADS[name] for name in self.runs]
         most = max(workload.scaled(self._parsed.scale) for workload in chosen)
         tokens = max(workload.scaled(self._parsed.scale) * workload.prompt_tokens for workload in chosen)
         flags = ["--model", self._parsed.model, "--dtype", self._parsed.dtype, "--threads", str(self._parsed.threads)]
@@ -275,12 +275,28 @@ def _rows(runs: dict[str, list[Run]]) -> list[tuple[object, ...]]:
     ]
 
 
+def _cells(parsed: argparse.Namespace) -> list[tuple[str, str]]:
+    """Workloads and policies in the order in which they run.
+
+    Raises:
+        SystemExit: a cell names what there is not.
+    """
+    if parsed.cells is None:
+        return [(name, policy) for name in parsed.workloads for policy in parsed.policies]
+    cells = [(name, policy) for name, _, policy in (cell.partition(":") for cell in parsed.cells)]
+    for name, policy in cells:
+        if name not in WORKLOADS or policy not in ("none", "d2o"):
+            raise SystemExit(f"cells: got {name}:{policy}, allowed are {', '.join(WORKLOADS)} with :none or :d2o")
+    return cells
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark, writes JSON and prints a table."""
     parser = _cli.parser(__doc__ or "")
     parser.set_defaults(model=_GPU_MODEL)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--policies", nargs="+", default=["none", "d2o"], choices=["none", "d2o"])
+    parser.add_argument("--cells", nargs="+", help="instead of both: workload:policy, in this order")
     parser.add_argument("--scale", type=float, default=1.0, help="of the workloads' numbers of requests")
     parser.add_argument("--server-flags", default="", help="more flags of d2o-serve, in one argument")
     parser.add_argument("--client-processes", type=int, default=4, help="that the requests are sent from")

@@ -60,6 +60,25 @@ def test_a_row_takes_whole_pages_in_every_layer(slots: int, pages: int) -> None:
     pool.check_integrity()
 
 
+def test_a_mirrored_pool_tells_what_its_copy_lacks_and_has_a_page_for_padding() -> None:
+    pool = PagePool(
+        layers=LAYERS, kv_heads=HEADS, head_dim=DIM, page_size=PAGE, num_pages=20, rows=4, max_slots=20 * PAGE,
+        dtype=torch.float32, mirrored=True,
+    )  # fmt: skip
+    copy = torch.full_like(pool.block_table, -1)
+    first, second = pool.open_row(), pool.open_row()
+    for row, slots in ((first, 9), (second, 3), (first, 20)):
+        grow(pool, row, slots)
+        places, pages = pool.take_changes()
+        copy.view(-1)[places] = pages
+    held = torch.arange(copy.shape[2]) < pool.held[..., None]
+    assert torch.equal(copy[held], pool.block_table[held])
+    assert pool.take_changes()[0].numel() == 0
+    assert len(pool.k) == 21
+    assert not (pool.block_table[held] == 20).any()
+    pool.check_integrity()
+
+
 def test_growing_within_a_page_takes_nothing() -> None:
     pool = make()
     row = pool.open_row()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,9 +41,9 @@ SAMPLINGS = (
 class GpuHarness(Harness):
     """A harness over a worker that was built as the server builds it."""
 
-    def __init__(self, name: str) -> None:
-        self.core = _core(name)
-        self.pool = self.core.runner.caches.pool
+    def __init__(self, core: WorkerCore) -> None:
+        self.core = core
+        self.pool = core.runner.caches.pool
         self.answers: dict[str, Answer] = {}
 
     def holds_nothing(self) -> bool:
@@ -51,10 +51,14 @@ class GpuHarness(Harness):
         return (state.used, state.reserved, state.running, state.waiting) == (0, 0, 0, 0)
 
 
-@functools.cache
-def _core(name: str) -> WorkerCore:
+@pytest.fixture(scope="module", params=["tiny-llama", "tiny-gemma3"])
+def cores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, WorkerCore]:
+    """A model and a worker over the same weights: random ones are others on a GPU."""
+    name: str = request.param
+    folder: Path = tmp_path_factory.mktemp(name)
+    served_model(name).save_pretrained(str(folder))
     settings = worker_settings(
-        model=f"random:{name}",
+        model=str(folder),
         dtype="float32",
         device="cuda",
         page_size=PAGE,
@@ -64,15 +68,15 @@ def _core(name: str) -> WorkerCore:
         max_model_len=1024,
         check_integrity=True,
     )
-    return build_worker(settings, print).core
+    return name, build_worker(settings, print).core
 
 
-@pytest.mark.parametrize("model", ["tiny-llama", "tiny-gemma3"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_tokens_and_caches_are_those_of_the_cpu(model: str, name: str) -> None:
+def test_tokens_and_caches_are_those_of_the_cpu(cores: tuple[str, WorkerCore], name: str) -> None:
+    model, core = cores
     prompts = random_prompts((1, 30, 77, 150, 260), seed=9)
     sides: list[list[Answer]] = []
-    for harness in (Harness(served_model(model)), GpuHarness(model)):
+    for harness in (Harness(served_model(model)), GpuHarness(core)):
         for index, prompt in enumerate(prompts):
             harness.submit(prompt, POLICIES[name], seed=index, new=NEW, sampling=SAMPLINGS[index % len(SAMPLINGS)])
             harness.step()

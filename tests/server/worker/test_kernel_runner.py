@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from d2o.config import D2OConfig
+from d2o_server.engine.messages import Cancel
 from d2o_server.engine.types import SamplingParams
 from d2o_server.models.describe import describe
 from d2o_server.settings import worker_settings
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.gpu.build import assemble
+from d2o_server.worker.gpu.graphs import batch_sizes
 from d2o_server.worker.gpu.model import forward_of, join_projections
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.pool_plan import PoolPlan
@@ -97,3 +99,55 @@ def test_drawn_tokens_are_those_of_the_host() -> None:
     ):
         expected = answers(Harness(served_model("tiny-llama")), prompts, NONE, sampling)
         assert_alike(answers(KernelHarness(), prompts, NONE, sampling), expected)
+
+
+def test_a_sequence_that_ends_has_run_one_token_more_which_nobody_sees() -> None:
+    (prompt,) = random_prompts((9,), seed=4)
+    (free,) = answers(Harness(served_model("tiny-llama")), [prompt], NONE)
+    end = free.tokens[2]
+    harness = KernelHarness()
+    harness.submit(prompt, NONE, name="ends", new=NEW, end_ids=(end,))
+    harness.submit(prompt, NONE, name="goes on", new=NEW)
+    answered = harness.run()
+    assert answered["ends"].tokens == free.tokens[: free.tokens.index(end) + 1]
+    assert answered["ends"].reason == "end_of_text"
+    assert answered["goes on"].tokens == free.tokens
+
+
+def test_a_cancelled_sequence_leaves_the_step_that_is_under_way_and_its_neighbours_alone() -> None:
+    prompts = random_prompts((9, 12), seed=4)
+    expected = answers(Harness(served_model("tiny-llama")), prompts, NONE)
+    harness = KernelHarness()
+    for name, prompt in zip(("gone", "stays"), prompts, strict=True):
+        harness.submit(prompt, NONE, name=name, new=NEW)
+    harness.step()
+    harness.step()
+    harness.core.handle(Cancel("gone"))
+    answered = harness.run()
+    assert answered["gone"].cancelled
+    assert answered["stays"].tokens == expected[1].tokens
+
+
+def test_joined_projections_are_the_layers_that_they_replace() -> None:
+    plain, joined = load("tiny-qwen2", "d2o"), load("tiny-qwen2", "d2o")
+    join_projections(joined)
+    torch.manual_seed(0)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        path = f"model.layers.1.self_attn.{name}"
+        x = torch.randn(1, 5, 64)
+        # Other inputs in between must not get this one's parts.
+        torch.testing.assert_close(joined.get_submodule(path)(x), plain.get_submodule(path)(x))
+    attention = joined.get_submodule("model.layers.1.self_attn")
+    x = torch.randn(1, 5, 64)
+    parts = [getattr(attention, name)(x) for name in ("q_proj", "k_proj", "v_proj")]
+    for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+        torch.testing.assert_close(part, plain.get_submodule(f"model.layers.1.self_attn.{name}")(x))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 33, 256, 300, 512])
+def test_batch_sizes_reach_the_most_and_waste_little(most: int) -> None:
+    sizes = batch_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == max(2, most)
+    for batch in range(8, most + 1):
+        assert next(size for size in sizes if size >= batch) < batch + 32
