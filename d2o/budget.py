@@ -28,9 +28,18 @@ def density(colsums: Tensor, config: D2OConfig) -> Tensor:
     Returns:
         ``[...]`` float32; a single token has no variance.
     """
+    return density_of(variances(colsums), config)
+
+
+def variances(colsums: Tensor) -> Tensor:
+    """How uneven each head's attention is: ``[..., heads]`` of column sums ``[..., heads, tokens]``."""
+    return colsums.float().var(-1, correction=min(1, colsums.shape[-1] - 1))
+
+
+def density_of(variance: Tensor, config: D2OConfig) -> Tensor:
+    """:func:`density` from :func:`variances` of all heads of a layer, ``[..., heads]``."""
     if config.layer_budgets is LayerBudgets.UNIFORM:
-        return colsums.new_zeros(colsums.shape[:-2])
-    variance = colsums.float().var(-1, correction=min(1, colsums.shape[-1] - 1))
+        return variance.new_zeros(variance.shape[:-1])
     if config.layer_budgets is LayerBudgets.VARIANCE:
         return variance.mean(-1).clamp_min(_SMALLEST_VARIANCE).log()
     low, high = variance.aminmax(dim=-1, keepdim=True)

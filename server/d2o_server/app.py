@@ -51,6 +51,7 @@ async def running_engine(settings: Settings, progress: Progress) -> AsyncIterato
                 compression=settings.compression,
                 sampling=SamplingParams(max_new_tokens=limits.default_max_new_tokens),
                 max_logprobs=limits.max_logprobs,
+                tensor_parallel=settings.worker.tensor_parallel,
             ),
             version=_version(),
         )

@@ -91,6 +91,7 @@ def worker_settings(**changes: object) -> WorkerSettings:
         "dtype": "bfloat16",
         "device": "auto",
         "index": 0,
+        "tensor_parallel": 1,
         "threads": os.cpu_count() or 1,
         "page_size": 32,
         "num_pages": None,
@@ -107,11 +108,16 @@ def worker_settings(**changes: object) -> WorkerSettings:
     settings = WorkerSettings(**(values | changes))  # type: ignore[arg-type]
     if not _DEVICE.fullmatch(settings.device):
         raise SettingsError(f"device: got {settings.device!r}, allowed is auto, cpu, cuda or cuda:N")
-    for name in ("threads", "page_size", "max_sequences"):
+    for name in ("tensor_parallel", "threads", "page_size", "max_sequences"):
         _at_least(name, getattr(settings, name), 1)
     for name in ("num_pages", "max_model_len", "prefill_tokens"):
         if getattr(settings, name) is not None:
             _at_least(name, getattr(settings, name), 1)
+    if settings.tensor_parallel > 1 and settings.device.startswith("cuda:"):
+        raise SettingsError(
+            f"device: got {settings.device!r} for tensor_parallel {settings.tensor_parallel}, allowed is auto, cpu or"
+            " cuda; on cuda each rank takes a GPU of its own"
+        )
     if settings.page_size & (settings.page_size - 1) or settings.page_size > 256:
         raise SettingsError(f"page_size: got {settings.page_size}, allowed is a power of two up to 256")
     for name in ("memory_fraction", "gpu_memory_utilization"):
@@ -138,6 +144,7 @@ def from_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         model=parsed.model,
         dtype=parsed.dtype,
         device=parsed.device,
+        tensor_parallel=parsed.tensor_parallel,
         threads=parsed.threads,
         page_size=parsed.page_size,
         num_pages=parsed.num_pages,
@@ -245,6 +252,9 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
     device = parser.add_argument_group("devices and workers")
     device.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes GPUs where there are")
     device.add_argument("--data-parallel", type=int, default=1, help="workers, each with the whole model; one a GPU")
+    device.add_argument(
+        "--tensor-parallel", type=int, default=1, help="ranks that each worker's model is split over; one a GPU"
+    )
     device.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of all workers")
     device.add_argument("--memory-fraction", type=float, default=0.5, help="CPU: share of free memory for page pools")
     device.add_argument(

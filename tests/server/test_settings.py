@@ -59,6 +59,13 @@ def test_workers_differ_in_their_number_and_share_threads_and_memory(device: str
     }
 
 
+def test_each_rank_of_each_worker_has_its_gpu_and_its_share() -> None:
+    workers = read("--data-parallel=2", "--tensor-parallel=2", "--threads=8", "--memory-fraction=0.8").workers
+    ranks = [worker.rank(number) for worker in workers for number in range(2)]
+    assert [rank.index for rank in ranks] == [0, 1, 2, 3]
+    assert {(rank.threads, rank.memory_fraction) for rank in ranks} == {(2, 0.2)}
+
+
 def test_every_worker_has_a_thread() -> None:
     assert [worker.threads for worker in read("--data-parallel=4", "--threads=2").workers] == [1] * 4
 
@@ -85,6 +92,8 @@ def test_variables_stand_in_for_flags_and_flags_win() -> None:
         ("--device gpu", "device: got 'gpu', allowed is auto, cpu, cuda or cuda:N"),
         ("--device cuda:", "device: got 'cuda:', allowed is auto, cpu, cuda or cuda:N"),
         ("--device cuda:1x", "device: got 'cuda:1x', allowed is auto, cpu, cuda or cuda:N"),
+        ("--tensor-parallel 0", "tensor_parallel: got 0, allowed is at least 1"),
+        ("--tensor-parallel 2 --device cuda:1", "device: got 'cuda:1' for tensor_parallel 2, allowed is auto, cpu or"),
         ("--data-parallel 0", "data_parallel: got 0, allowed is at least 1"),
         ("--data-parallel 2 --device cuda:1", "device: got 'cuda:1' for 2 workers, allowed is auto, cpu or cuda;"),
         ("--gpu-memory-utilization 0", "gpu_memory_utilization: got 0.0, allowed is (0, 1]"),

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
-from d2o.config import D2OConfig
+from d2o.config import D2OConfig, Scope
 from d2o_server import errors
 from d2o_server.engine.memory import CacheShape, reserve
 from d2o_server.engine.messages import Submit
@@ -24,11 +24,15 @@ _TOKENIZER_THREADS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDefaults:
-    """What applies where a request is silent, and the engine's bounds."""
+    """What applies where a request is silent, and the engine's bounds.
+
+    With ``tensor_parallel`` above 1 no process has all of a layer's heads: they cannot share a choice or threshold.
+    """
 
     compression: D2OConfig = D2OConfig()
     sampling: SamplingParams = SamplingParams(max_new_tokens=256)
     max_logprobs: int = 20
+    tensor_parallel: int = 1
 
 
 class Admission:
@@ -83,9 +87,10 @@ class Admission:
             max_logprobs=self._info.max_logprobs,
             default_max_new_tokens=default,
         )
+        config = request.compression or self._defaults.compression
+        self._check_heads(config)
         prompt = await self.tokenize(request.prompt)
         max_new_tokens = self._fit_length(len(prompt), sampling, default)
-        config = request.compression or self._defaults.compression
         message = Submit(
             id=secrets.token_hex(8),
             prompt=prompt,
@@ -96,6 +101,14 @@ class Admission:
             max_new_tokens=max_new_tokens,
         )
         return message, self._pages(config, len(prompt), max_new_tokens)
+
+    def _check_heads(self, config: D2OConfig) -> None:
+        if self._defaults.tensor_parallel == 1 or not config.enabled:
+            return
+        for name in ("heads", "threshold_scope"):
+            if (given := getattr(config, name)) is not Scope.HEAD:
+                allowed = f"{Scope.HEAD} where the model's heads are split over {self._defaults.tensor_parallel} ranks"
+                raise errors.InvalidRequest(f"compression.{name}", given, allowed)
 
     def _fit_length(self, prompt_tokens: int, sampling: SamplingParams, default: int) -> int:
         most = self._info.max_model_len - prompt_tokens

@@ -14,7 +14,8 @@ from d2o_server.engine.types import CacheFacts, SamplingParams
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """All that a worker needs to start.
 
-    ``index`` is the worker's number: on ``auto`` and ``cuda`` it takes the GPU of that number. ``prefill_tokens`` None
+    ``index`` is the worker's number: on ``auto`` and ``cuda`` it takes the GPU of that number, and the
+    ``tensor_parallel`` ranks of a worker those from ``index * tensor_parallel`` on. ``prefill_tokens`` None
     and ``compile_cache`` None leave the choice to the worker. ``memory_fraction`` counts on a CPU only;
     ``gpu_memory_utilization``, ``graphs``, ``compile`` and ``compile_cache`` on a GPU only.
     """
@@ -23,6 +24,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     device: str
     index: int
+    tensor_parallel: int
     threads: int
     page_size: int
     num_pages: int | None
@@ -40,6 +42,11 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
         """What worker ``index`` of ``count`` on one machine starts with."""
         threads, memory = max(1, self.threads // count), self.memory_fraction / count
         return msgspec.structs.replace(self, index=index, threads=threads, memory_fraction=memory)
+
+    def rank(self, number: int) -> WorkerSettings:
+        """What rank ``number`` of this worker starts with; its ``index`` is that of its own GPU."""
+        count = self.tensor_parallel
+        return self if count == 1 else self.share(self.index * count + number, count)
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -21,8 +21,9 @@ from d2o_server.worker import hf_attention
 from d2o_server.worker.cache_ops import TorchCacheOps
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.core import WorkerCore
-from d2o_server.worker.loader import load_model, weight_bytes
+from d2o_server.worker.loader import keep_part, load_model, weight_bytes
 from d2o_server.worker.pool_plan import PoolPlan
+from d2o_server.worker.ranks import Ranks
 from d2o_server.worker.torch_runner import TorchRunner
 from d2o_server.worker.warm_up import warm_up
 
@@ -33,7 +34,10 @@ _CPU_PREFILL_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class BuiltWorker:
-    """``weight_bytes``: weights that every step reads whole, so all but an embedding that is not the output's too."""
+    """``weight_bytes``: weights that every step reads whole, so all but an embedding that is not the output's too.
+
+    They are this rank's; ``shape`` is the whole model's and ``page_bytes`` those of a page on all ranks.
+    """
 
     core: WorkerCore
     shape: ModelShape
@@ -42,22 +46,30 @@ class BuiltWorker:
     weight_bytes: int
 
 
-def build_worker(settings: WorkerSettings, progress: Callable[[str], None]) -> BuiltWorker:
-    """Loads the model and sizes the pool.
+def build_worker(settings: WorkerSettings, progress: Callable[[str], None], ranks: Ranks | None = None) -> BuiltWorker:
+    """Loads the model, or this rank's part of it, and sizes the pool.
 
     Raises:
         StartupError: the model cannot be had or served, or the settings leave no room for a single page a layer.
     """
     torch.set_num_threads(settings.threads)
     hf_attention.register()
-    dtype, device = _DTYPES[settings.dtype], _device(settings)
-    source = resolve(settings.model, report=progress)
-    progress(f"loading {settings.model} as {settings.dtype} on {device}")
-    model = load_model(source, dtype=dtype, device=device, attn_implementation=hf_attention.ATTENTION_NAME)
-    shape, weights = describe(model.config), weight_bytes(model)
-    plan = PoolPlan.of(settings, shape, dtype, device)
+    ranks = ranks or Ranks()
+    dtype = _DTYPES[settings.dtype]
+    with ranks.together():
+        device = _device(settings)
+        source = resolve(settings.model, report=progress)
+        progress(f"loading {settings.model} as {settings.dtype} on {device}")
+        # Random weights are the same on every rank only where all draw them whole; a checkpoint may not fit one GPU.
+        place = device if ranks.count == 1 or source.preset is not None else torch.device("cpu")
+        model = load_model(source, dtype=dtype, device=place, attn_implementation=hf_attention.ATTENTION_NAME)
+        shape = describe(model.config)
+    own = shape if ranks.count == 1 else keep_part(model, shape, ranks.connect(device), device)
+    weights = weight_bytes(model)
+    plan = PoolPlan.of(settings, own, dtype, device, ranks)
     core = _torch_core(model, plan, progress) if device.type == "cpu" else _kernel_core(model, plan, progress)
-    return BuiltWorker(core, shape, plan.page_bytes, plan.max_model_len, weights)
+    core.in_lockstep, core.runner.caches.ranks = ranks.count > 1, ranks
+    return BuiltWorker(core, shape, plan.page_bytes * ranks.count, plan.max_model_len, weights)
 
 
 def _device(settings: WorkerSettings) -> torch.device:

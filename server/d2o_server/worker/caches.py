@@ -16,6 +16,7 @@ from d2o_server.engine.memory import CacheShape, Reservation
 from d2o_server.engine.types import CacheFacts, LayerCache
 from d2o_server.worker.cache_ops import CacheOps, Span
 from d2o_server.worker.prompt_scores import PromptScores
+from d2o_server.worker.ranks import Ranks
 
 _NEVER = 1 << 40
 _PAGE_MULTIPLE_FROM = 8
@@ -52,7 +53,8 @@ class CacheManager:
     """Owns the lengths of all caches and decides when each is compressed, and to what; ``ops`` does it.
 
     On the host: ``limit`` [layers, rows] is the number of slots at which a layer is due for eviction, ``keep``
-    [layers, rows] the budget it goes back to, ``seen`` [rows] the tokens of a sequence so far.
+    [layers, rows] the budget it goes back to, ``seen`` [rows] the tokens of a sequence so far. Heads may be spread over
+    ``ranks``, which hold the same number of slots: only densities depend on all of them.
     """
 
     def __init__(self, ops: CacheOps, shape: CacheShape, query_heads: int) -> None:
@@ -62,6 +64,7 @@ class CacheManager:
         self.keep = torch.zeros((layers, rows), dtype=torch.int64)
         self.seen = torch.zeros(rows, dtype=torch.int64)
         self.by_row: dict[int, SequenceCache] = {}
+        self.ranks = Ranks()
         self._full = torch.tensor([i for i, w in enumerate(shape.windows) if w is None], dtype=torch.int64)
         self._sliding = torch.tensor([i for i, w in enumerate(shape.windows) if w is not None], dtype=torch.int64)
         self._windows = torch.tensor([w for w in shape.windows if w is not None], dtype=torch.int64)
@@ -205,7 +208,7 @@ class CacheManager:
         if config.layer_budgets is LayerBudgets.UNIFORM or received is None:
             densities = torch.zeros(len(layers))
         else:
-            densities = budget.density(received, config).cpu()
+            densities = budget.density_of(self.ranks.all_heads(budget.variances(received)), config).cpu()
         average, page = cache.budget, self.shape.page_size
         whole_pages = config.evict_interval is None and average >= _PAGE_MULTIPLE_FROM * page
         dense = tuple(layers.index(i) for i in config.dense_layers if i in layers)
@@ -278,7 +281,8 @@ class CacheManager:
     def facts(self, cache: SequenceCache) -> CacheFacts:
         """What became of the sequence's tokens, layer by layer."""
         used = self.pool.used[:, cache.row].tolist()
-        merged, dropped = self.ops.fates(cache.row)
+        fates = self.ops.fates(cache.row)
+        merged, dropped = map(self.ranks.mean, fates) if cache.config.enabled else fates
         layers = tuple(
             LayerCache(
                 budget=cache.budgets[i] if cache.budgets else 0,

@@ -32,6 +32,7 @@ class WorkerCore:
     As many steps as the runner's ``depth`` are under way while the next is planned, so that a device need not wait for
     the host. A sequence whose last token turns out to end it has then run one token more, which nobody sees.
     ``check_integrity`` verifies the pool after every step (tests); otherwise it is verified when idle.
+    ``in_lockstep``: other ranks take part in every step, so that one which fails here cannot be survived.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class WorkerCore:
         self._check_every_step = check_integrity
         self._changes = _Changes()
         self._under_way: deque[Launched] = deque()
+        self.in_lockstep = False
 
     def __bool__(self) -> bool:
         """Whether there is work or something to report."""
@@ -124,8 +126,12 @@ class WorkerCore:
             try:
                 launched = self.runner.launch(plan, scored)
             except OutOfDeviceMemory as error:
+                if self.in_lockstep:
+                    raise
                 plan = self._without_newest(plan, error)
-            except Exception as error:  # noqa: BLE001  whatever a step raises, the worker goes on without its requests
+            except Exception as error:  # whatever a step raises, the worker goes on without its requests
+                if self.in_lockstep:
+                    raise
                 self._fail_step(plan, error)
                 return
             else:

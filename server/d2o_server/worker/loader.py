@@ -11,12 +11,14 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from d2o_server.engine.shape import ModelShape
 from d2o_server.errors import ModelUnsupported, StartupError
 from d2o_server.models.describe import describe
 from d2o_server.models.presets import Preset
 from d2o_server.models.probe import check_attention_calls
 from d2o_server.models.source import ModelSource
 from d2o_server.models.support import check_supported
+from d2o_server.worker.tensor_parallel import Part, split_model
 
 # Any fixed number: random presets are the same model in every process and every run.
 _RANDOM_SEED = 20240613
@@ -52,6 +54,21 @@ def load_model(
     model.eval()  # type: ignore[no-untyped-call]
     check_attention_calls(model, describe(model.config))
     return model
+
+
+def keep_part(model: PreTrainedModel, shape: ModelShape, part: Part, device: torch.device) -> ModelShape:
+    """Leaves this rank's part of a loaded model, on ``device``; returns the shape of that. All ranks must call it.
+
+    Raises:
+        ModelUnsupported: the model's own plan does not split its heads.
+        SettingsError: they cannot be divided into so many parts.
+    """
+    own = split_model(model, model.tp_plan, shape, part)
+    model.to(device)  # type: ignore[arg-type]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    check_attention_calls(model, own)
+    return own
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

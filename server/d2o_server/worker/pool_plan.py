@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,12 +10,16 @@ from d2o.pages import PagePool
 from d2o_server.engine.messages import WorkerSettings
 from d2o_server.engine.shape import ModelShape
 from d2o_server.errors import SettingsError
+from d2o_server.worker.ranks import Ranks
 from d2o_server.worker.warm_up import OUTPUT, PROMPT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolPlan:
-    """``max_model_len``: most tokens of one sequence; ``page_bytes``: the size of a page with all that is in it."""
+    """``max_model_len``: most tokens of one sequence; ``page_bytes``: the size of a page with all that is in it.
+
+    ``shape`` has the heads of this rank among ``ranks``.
+    """
 
     settings: WorkerSettings
     shape: ModelShape
@@ -23,9 +27,17 @@ class PoolPlan:
     device: torch.device
     max_model_len: int
     page_bytes: int
+    ranks: Ranks = field(default_factory=Ranks)
 
     @classmethod
-    def of(cls, settings: WorkerSettings, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> PoolPlan:
+    def of(
+        cls,
+        settings: WorkerSettings,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> PoolPlan:
         return cls(
             settings=settings,
             shape=shape,
@@ -33,14 +45,16 @@ class PoolPlan:
             device=device,
             max_model_len=min(settings.max_model_len or shape.max_positions, shape.max_positions),
             page_bytes=PagePool.bytes_per_page(shape.kv_heads, shape.head_dim, settings.page_size, dtype),
+            ranks=ranks or Ranks(),
         )
 
     def checked(self, pages: int) -> int:
-        """``pages``, if they hold the shortest request.
+        """``pages``, or fewer where another rank has room for fewer, if they hold the shortest request.
 
         Raises:
             SettingsError: they do not.
         """
+        pages = self.ranks.least(pages)
         least = self.shape.layers * -(-(PROMPT + OUTPUT) // self.settings.page_size)
         if pages < least:
             raise SettingsError(

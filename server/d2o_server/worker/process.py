@@ -8,11 +8,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 import zmq
 
 from d2o_server.engine.messages import (
+    FromWorker,
     Progress,
     Ready,
     Refused,
@@ -25,65 +29,108 @@ from d2o_server.engine.messages import (
 from d2o_server.errors import StartupError
 from d2o_server.worker.build import build_worker
 from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.rank_processes import ranks_of
+from d2o_server.worker.ranks import Ranks
 
+# A step that fails because another process has died says so in words that do not help: who watches it knows better.
+_SECONDS_FOR_CAUSE = 1.5
 _ORPHAN_POLL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Entry point of the process: ``python -m d2o_server.worker.process ADDRESS PARENT``."""
+    """Entry point of the process: ``python -m d2o_server.worker.process ADDRESS PARENT [RANK]``.
+
+    ``RANK`` 0, the default, is started by the front; the others by rank 0.
+    """
+    address, parent, rank, *_ = (*sys.argv[1:], "0")
     logging.basicConfig(level=os.environ.get("D2O_LOG_LEVEL", "INFO"), format="%(asctime)s %(levelname)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 1000)
-    socket.connect(sys.argv[1])
+    socket.connect(address)
     try:
-        _serve(socket)
+        _serve(socket, address, int(rank))
     finally:
         socket.close()
         context.term()
+    if dist.is_initialized():
+        # What the group does at the interpreter's end waits for the other ranks and for captured graphs.
+        os._exit(0)
 
 
 def _end_with(parent: int) -> None:
-    """Ends the process, whatever it is doing, once the front process is gone: nobody else would."""
+    """Ends the process, whatever it is doing, once the one that started it is gone: nobody else would."""
     while os.getppid() == parent:
         time.sleep(_ORPHAN_POLL_SECONDS)
-    _log.error("the front process is gone; stopping")
+    _log.error("the process that started this one is gone; stopping")
     os._exit(1)
 
 
-def _serve(socket: zmq.Socket[bytes]) -> None:
+def _serve(socket: zmq.Socket[bytes], address: str, rank: int) -> None:
+    def say(message: FromWorker) -> None:
+        if rank == 0:
+            socket.send(encode(message))
+
     settings = decode_settings(socket.recv())
-    core = _start(socket, settings)
-    if core is None:
-        return
+    with ranks_of(socket, settings, address, rank) as ranks:
+        core = _start(say, settings if rank else settings.rank(0), ranks)
+        if core is not None:
+            with _failing_as_one(ranks):
+                _run(socket, say, core, ranks)
+
+
+@contextmanager
+def _failing_as_one(ranks: Ranks) -> Iterator[None]:
+    """Ends the process at once where other ranks, which wait inside the step that failed, depend on that."""
+    try:
+        yield
+    except Exception:
+        if ranks.count == 1:
+            raise
+        time.sleep(_SECONDS_FOR_CAUSE)
+        _log.exception("rank %d fails, and its worker with it", ranks.number)
+        os._exit(1)
+
+
+def _run(socket: zmq.Socket[bytes], say: Callable[[FromWorker], None], core: WorkerCore, ranks: Ranks) -> None:
     while True:
-        while socket.poll(0 if core else None):
-            message = decode_to_worker(socket.recv())
+        for data in ranks.take(lambda: _received(socket, wait=not core)):
+            message = decode_to_worker(data)
             if isinstance(message, Shutdown):
                 return
             core.handle(message)
         if core:
             if admission := core.admit():
-                socket.send(encode(admission))
-            socket.send(encode(core.step()))
+                say(admission)
+            report = core.step()
+            ranks.note(report)
+            say(report)
 
 
-def _start(socket: zmq.Socket[bytes], settings: WorkerSettings) -> WorkerCore | None:
+def _received(socket: zmq.Socket[bytes], *, wait: bool) -> list[bytes]:
+    """What the front has sent; ``wait``: at least one message."""
+    messages = [socket.recv()] if wait else []
+    while socket.poll(0):
+        messages.append(socket.recv())
+    return messages
+
+
+def _start(say: Callable[[FromWorker], None], settings: WorkerSettings, ranks: Ranks) -> WorkerCore | None:
     def progress(text: str) -> None:
-        socket.send(encode(Progress(text)))
+        say(Progress(text))
 
     try:
-        worker = build_worker(settings, progress)
+        worker = build_worker(settings, progress, ranks)
     except StartupError as error:
-        socket.send(encode(Refused(type(error).__name__, str(error))))
+        say(Refused(type(error).__name__, str(error)))
         return None
     except Exception as error:  # noqa: BLE001  the front must hear of whatever happened
         _log.exception("the worker could not start")
-        socket.send(encode(Refused("StartupError", f"the worker could not start: {type(error).__name__}: {error}")))
+        say(Refused("StartupError", f"the worker could not start: {type(error).__name__}: {error}"))
         return None
     ready = Ready(
         shape=worker.shape,
@@ -92,7 +139,7 @@ def _start(socket: zmq.Socket[bytes], settings: WorkerSettings) -> WorkerCore | 
         pool=worker.core.pool_state(),
         max_model_len=worker.max_model_len,
     )
-    socket.send(encode(ready))
+    say(ready)
     torch.set_num_threads(settings.threads)
     return worker.core
 

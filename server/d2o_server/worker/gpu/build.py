@@ -58,7 +58,17 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
         core.runner.capture(progress)
     progress("warming up")
     warm_up(core)
+    _warm_up_eviction(core)
     return core
+
+
+def _warm_up_eviction(core: WorkerCore) -> None:
+    """Has the kernels of decode-time eviction compiled, by a sequence that reaches its budget and fills a page more."""
+    page, layers = core.shape.page_size, len(core.shape.windows)
+    prompt, output = 2 * page, 2 * page + _TRIAL_OUTPUT
+    pages, table = core.shape.pages(prompt + output), core.runner.caches.pool.block_table
+    if pages <= table.shape[2] and layers * pages <= core.pool_state().total:
+        warm_up(core, prompt=prompt, output=output, config=D2OConfig(budget_tokens=prompt))
 
 
 def assemble(plan: PoolPlan, forward: Forward, operator: AttentionOperator, pages: int) -> WorkerCore:
@@ -92,7 +102,7 @@ def _keep_compiled_code(folder: str | None) -> None:
 def _affordable_pages(plan: PoolPlan, forward: Forward, operator: AttentionOperator) -> int:
     """Pages for what a trial of the largest step leaves of the GPU's memory."""
     settings, shape = plan.settings, plan.shape
-    tokens = min(settings.prefill_tokens or PREFILL_TOKENS, plan.max_model_len - _TRIAL_OUTPUT)
+    tokens = max(1, min(settings.prefill_tokens or PREFILL_TOKENS, plan.max_model_len - _TRIAL_OUTPUT))
     trial_pages = shape.layers * (-(-(tokens + _TRIAL_OUTPUT) // settings.page_size) + 1)
     torch.cuda.reset_peak_memory_stats()
     core = assemble(plan, forward, operator, trial_pages)
