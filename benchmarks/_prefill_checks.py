@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from d2o.attention import AttentionRule, ScoreTarget
-from d2o.kernels.column_sums import PIPELINED, SHORT, Tiling, add_column_sums
+from d2o.kernels.column_sums import LONG, SAMPLED, SHORT, add_column_sums
 from d2o.kernels.column_sums_packed import add_column_sums_packed, pack_targets
 from d2o.kernels.prefill import Backend, packed_prefill_attention, prefill_attention
 from d2o.kernels.reference import column_sums as reference
@@ -26,22 +26,12 @@ RULE = AttentionRule(HEAD_DIM**-0.5)
 BACKENDS: tuple[Backend, ...] = ("cudnn", "flash")
 Inputs = tuple[Tensor, Tensor, Tensor]
 
-_PLAIN = Tiling(keys=128, queries=128, warps=8, stages=2)
 TILINGS = {
-    "pipelined 256x64": PIPELINED,
-    "pipelined 256x64, poly 1": replace(PIPELINED, poly=1),
-    "pipelined 256x64, 6 stages": replace(PIPELINED, stages=6),
-    "pipelined 256x64, mixed": replace(PIPELINED, ordered=False),
-    "pipelined 256x64, mixed, poly 1": replace(PIPELINED, ordered=False, poly=1),
-    "pipelined 128x64 4 warps": replace(PIPELINED, keys=128, warps=4),
-    "pipelined 128x64 4 warps, poly 1": replace(PIPELINED, keys=128, warps=4, poly=1),
-    "pipelined 128x64 4 warps, mixed": replace(PIPELINED, keys=128, warps=4, ordered=False),
-    "pipelined 128x128 8 warps": replace(PIPELINED, keys=128, queries=128, stages=3),
-    "128x128 8 warps": _PLAIN,
-    "128x128 8 warps, 3 stages": replace(_PLAIN, stages=3),
-    "128x128 8 warps, poly 1": replace(_PLAIN, poly=1),
-    "128x128 4 warps": replace(_PLAIN, warps=4, registers=None),
-    "128x64 4 warps, sums after the loop": replace(_PLAIN, queries=64, warps=4, fold=False, registers=None),
+    "128x128 8 warps": LONG,
+    "128x128 8 warps, a group's heads adjacent": replace(LONG, adjacent=HEADS // KV_HEADS),
+    "128x64 8 warps, 80 registers": replace(LONG, queries=64, registers=80),
+    "128x64 4 warps, sums after the loop": SAMPLED,
+    "128x64 4 warps, sums after the loop, 168 registers": replace(SAMPLED, registers=168),
     "64x64 4 warps": SHORT,
 }
 
@@ -158,7 +148,7 @@ def check_tiling(name: str) -> dict[str, float]:
 
 
 def check_tilings(module: str, seconds: float) -> tuple[dict[str, float], dict[str, str]]:
-    """Every tiling in a process of its own, all at once: a kernel that hangs or faults spoils nothing else.
+    """Every tiling in a process of its own, all at once: a kernel that faults spoils nothing else.
 
     They also leave the compiled kernels where this process finds them. Returns each one's largest error, and failures.
     """

@@ -35,8 +35,7 @@ from benchmarks._prefill_checks import (
     inputs,
     target,
 )
-from d2o.kernels import column_sums
-from d2o.kernels.column_sums import Tiling, add_column_sums
+from d2o.kernels.column_sums import add_column_sums
 from d2o.kernels.column_sums_packed import add_column_sums_packed, pack_targets
 from d2o.kernels.prefill import cudnn_takes_groups, packed_prefill_attention, prefill_attention, warm_plans
 from d2o.kernels.reference.store import empty_pool
@@ -70,7 +69,7 @@ def time_prompt(tokens: int, matrix: float, deadline: float, failed: set[str]) -
     q, k, v = inputs(tokens)
     takes_groups = cudnn_takes_groups(0, q.dtype, HEAD_DIM, HEADS // KV_HEADS)
     forward = {name: partial(prefill_attention, q, k, v, start=0, rule=RULE, backend=name) for name in BACKENDS}
-    forward_ms = {name: time_gpu(run, repeats=9, warmup=2) for name, run in forward.items()}
+    forward_ms = {name: time_gpu(run, repeats=5, warmup=2) for name, run in forward.items()}
     tera = 4 * HEADS * HEAD_DIM * tokens * (tokens + 1) / 2 / 1e12
     lse = forward["cudnn"]()[1]
     assert lse is not None
@@ -90,7 +89,7 @@ def time_prompt(tokens: int, matrix: float, deadline: float, failed: set[str]) -
         for name, scores in (("attention", None), ("with all", everything), ("with stride:4", sampled))
     }
     sweep: dict[str, float] = {}
-    for (name, tiling), case in itertools.product(TILINGS.items(), ("all", "stride:4")):
+    for (name, tiling), case in itertools.product(TILINGS.items(), ("all", "stride:4", "last:32 and window")):
         if time.perf_counter() < deadline and name not in failed:
             run = partial(sums, targets[case], tiling=tiling)
             sweep[f"{case}, {name}"] = time_gpu(run, repeats=5, warmup=2)
@@ -206,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Checks, measures, prints and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768, help="of the long prompt")
-    parser.add_argument("--seconds", type=float, default=75, help="after which the sweep of tilings stops")
+    parser.add_argument("--seconds", type=float, default=35, help="after which the sweep of tilings stops")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results' folder")
     parser.add_argument("--check", metavar="TILING", help="only print this tiling's errors as JSON")
     parsed = parser.parse_args(arguments)
@@ -217,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(check_tiling(parsed.check)))
         return
 
-    deadline = time.perf_counter() + parsed.seconds
+    began = time.perf_counter()
+    deadline = began + parsed.seconds
     torch.manual_seed(0)
     result: dict[str, Any] = {}
 
@@ -225,11 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result[name] = value
         print(name, *(value.items() if isinstance(value, dict) else [value]), sep="\n  ", flush=True)
 
-    errors, failures = check_tilings("benchmarks.prefill_attention_gpu", 45)
+    errors, failures = check_tilings("benchmarks.prefill_attention_gpu", 25)
     note("tiling_errors", errors)
     note("tiling_failures", failures)
-    if "pipelined 256x64" in failures:
-        column_sums.PIPELINED = Tiling()
     note("checks", check_store())
     note("relative_errors", check_attention(3000))
     ceilings = Ceilings.measure()
@@ -240,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     note("packed_8_x_1024", time_short(8, 1024))
     note("host_us", time_host())
     note("cudnn_plans_ms", time_plans())
+    note("seconds", time.perf_counter() - began)
     bad = [name for name, value in result["relative_errors"].items() if not value < 1e-2]
     bad += [name for name, fine in result["checks"].items() if not fine] + list(failures)
     print("wrong:" if bad else "all checks passed", *bad)

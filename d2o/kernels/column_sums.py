@@ -7,9 +7,8 @@ in registers, need no atomics and are the same in every run. Queries are numbere
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from d2o.kernels.column_sums_kernels import column_sums_kernel
 from d2o.kernels.launch import Launcher, Options, eighths
 
 _LOG2E = math.log2(math.e)
-_LONG = 2048
-_PIPELINED_CHUNK = 1024
+_LONG, _MANY = 2048, 1024
 launch = Launcher(column_sums_kernel)
 
 
@@ -32,44 +30,37 @@ class Tiling:
         keys, queries: of a tile; powers of two, and ``queries`` divides the sampling block or is a multiple of it.
         warps, stages: of the launch; stages of the loop over whole tiles.
         fold: add a tile's columns up at once instead of after the loop: half the registers, a few shuffles a tile.
-        poly: so many eighths of the exponentials are polynomials (relative error 1e-4), which leaves the special
-            function units to the rest.
         registers: most of a thread, so that more programs share a processor; None leaves it to the compiler.
-        pipelined: use the kernel that multiplies a tile while it takes the exponentials of the one before, where the
-            device and the attention allow it (:mod:`d2o.kernels.column_sums_hopper`).
-        ordered: of the pipelined kernel: issue a whole product before the first exponential, instead of mixing them.
+        adjacent: so many heads' programs of the same keys follow one another, where that divides the heads; 1: all
+            programs of a head do.
     """
 
-    keys: int = 128
-    queries: int = 128
-    warps: int = 8
-    stages: int = 2
+    keys: int
+    queries: int
+    warps: int
+    stages: int
     fold: bool = True
-    poly: int = 0
-    registers: int | None = 128
-    pipelined: bool = False
-    ordered: bool = True
+    registers: int | None = None
+    adjacent: int = 1
 
     @classmethod
-    def default(cls, dtype: torch.dtype, head_dim: int, tokens: int, stride: int = 1) -> Tiling:
-        """What suits the shape; ``tokens`` are the keys, of which a short prompt needs smaller blocks."""
+    def default(cls, dtype: torch.dtype, head_dim: int, tokens: int, queries: int, stride: int = 1) -> Tiling:
+        """What suits the shape; ``tokens`` are the keys, ``queries`` those between the first and the last that count.
+
+        Few of either need smaller tiles.
+        """
         if dtype == torch.float32:
-            return cls(keys=64, queries=32, warps=4, stages=1, registers=None)
+            return cls(keys=64, queries=32, warps=4, stages=1)
         if head_dim > 128:
-            return cls(keys=64, queries=64, warps=4, stages=2, registers=None)
-        if tokens <= _LONG:
+            return cls(keys=64, queries=64, warps=4, stages=2)
+        if tokens <= _LONG or queries < _MANY:
             return SHORT
-        return replace(PIPELINED, queries=64) if stride > 1 else PIPELINED
-
-    def without_pipeline(self, stride: int) -> Tiling:
-        """The same work for the kernel of every device."""
-        if stride > 1:
-            return Tiling(keys=128, queries=64, warps=4, stages=2, fold=False, registers=None)
-        return Tiling()
+        return SAMPLED if stride > 1 else LONG
 
 
-SHORT = Tiling(keys=64, queries=64, warps=4, stages=3, registers=None)
-PIPELINED = Tiling(keys=256, queries=64, warps=8, stages=4, registers=None, pipelined=True)
+LONG = Tiling(keys=128, queries=128, warps=8, stages=2, registers=128)
+SAMPLED = Tiling(keys=128, queries=64, warps=4, stages=2, fold=False)
+SHORT = Tiling(keys=64, queries=64, warps=4, stages=3)
 
 
 def add_column_sums(
@@ -142,46 +133,18 @@ class _Chunk:
         extra = extra if extra is not None and max(extra, first) < min(extra + block, end) else None
         if not sampled and extra is None:
             return
-        tiling = self.tiling or Tiling.default(self.q.dtype, self.q.shape[2], end, stride)
-        sample = tiling.queries if stride == 1 else block
-        numbers = (self.start, end, first, stride, -1 if extra is None else extra)
-        if tiling.pipelined:
-            if self._pipelines(end - first, heads, sample % tiling.queries):
-                self._launch_pipelined(out, numbers, sample, extra is not None, tiling, block)
-                return
-            tiling = SHORT if end - first < _PIPELINED_CHUNK else tiling.without_pipeline(stride)
-            sample = tiling.queries if stride == 1 else block
-        self._launch(out, heads, numbers, sample, 0 if extra is None else -(-block // tiling.queries), tiling)
-
-    def _pipelines(self, queries: int, heads: int, rest: int) -> bool:
-        plain = self.softcap is None and (self.window is None or self.window >= self.start + self.q.shape[1])
-        fits = heads == 1 and not rest and queries >= _PIPELINED_CHUNK and self.q.shape[2] <= 128
-        return plain and fits and self.q.is_cuda and is_hopper(self.q.device) and self.q.dtype != torch.float32
-
-    def _launch(
-        self, out: Tensor, heads: int, numbers: tuple[int, ...], sample: int, extra_tiles: int, tiling: Tiling
-    ) -> None:
+        tiling = self.tiling or Tiling.default(self.q.dtype, self.q.shape[2], end, end - first, stride)
+        rows = self.q.shape[0] // heads
+        adjacent = math.gcd(rows, tiling.adjacent)
         launch(
-            (-(-numbers[1] // tiling.keys), self.q.shape[0] // heads, 1),
+            (adjacent, -(-end // tiling.keys), rows // adjacent),
             (self.q, self.k, self.lse, out, self.lse, *eighths(self.q, self.k), self.lse.stride(0), out.stride(0),
-             *numbers, 0, *factors(self.scale, self.softcap)),
+             self.start, end, first, stride, -1 if extra is None else extra, 0, *factors(self.scale, self.softcap)),
             constants(
-                self.q, self.k, tiling, packed=False, heads=heads, sample=sample, extra=extra_tiles,
-                softcap=self.softcap is not None, window=self.window or 0,
+                self.q, self.k, tiling, packed=False, heads=heads, sample=tiling.queries if stride == 1 else block,
+                extra=0 if extra is None else -(-block // tiling.queries), softcap=self.softcap is not None,
+                window=self.window or 0,
             ),
-            Options(tiling.warps, tiling.stages, tiling.registers),
-        )  # fmt: skip
-
-    def _launch_pipelined(
-        self, out: Tensor, numbers: tuple[int, ...], sample: int, extra: bool, tiling: Tiling, block: int
-    ) -> None:
-        heads, _, head_dim = self.q.shape
-        _pipelined_launcher()(
-            (-(-numbers[1] // tiling.keys), heads, 1),
-            (self.q, self.k, self.lse, out, *eighths(self.q, self.k), self.lse.stride(0), out.stride(0), *numbers,
-             self.scale * _LOG2E),
-            (heads // self.k.shape[0], head_dim, 64 if head_dim <= 64 else 128, tiling.keys, tiling.queries, sample,
-             block // tiling.queries if extra else 0, tiling.stages, tiling.poly, tiling.ordered),
             Options(tiling.warps, tiling.stages, tiling.registers),
         )  # fmt: skip
 
@@ -213,23 +176,9 @@ def constants(
         softcap,
         window,
         tiling.fold,
-        tiling.poly,
         "ieee" if q.dtype == torch.float32 else "tf32",
         tiling.stages,
     )
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the device has the matrix instructions of compute capability 9.0."""
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
-@functools.cache
-def _pipelined_launcher() -> Launcher:
-    from d2o.kernels.column_sums_hopper import pipelined_kernel
-
-    return Launcher(pipelined_kernel)
 
 
 def _sampled(position: int, stride: int, block: int) -> int:

@@ -13,17 +13,6 @@ def sampled_before(position: tl.tensor, stride: tl.tensor, SAMPLE: tl.constexpr)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _exp2_polynomial(x: tl.tensor) -> tl.tensor:
-    """2**x without the special function unit: 2**round(x) by the exponent, the rest by a minimax cubic."""
-    x = tl.maximum(x, -126.0)
-    shifted = x + 12582912.0
-    rest = x - (shifted - 12582912.0)
-    power = 0.99992807 + rest * (0.69326099 + rest * (0.24261113 + rest * 0.05517167))
-    exponent = shifted.to(tl.int32, bitcast=True) << 23
-    return (power.to(tl.int32, bitcast=True) + exponent).to(tl.float32, bitcast=True)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _exponents(
     key_tile: tl.tensor,
     q: tl.tensor,
@@ -77,23 +66,24 @@ def column_sums_kernel(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     FOLD: tl.constexpr,
-    POLY: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     """One program: BLOCK_K keys of HEADS query heads, from the diagonal to the end of the chunk.
 
+    The grid is (rows side by side, blocks of keys, groups of such rows).
     ``PACKED``: the program's line of ``table`` [lines, 8] int64 says which prompt it serves: where that begins, its
     length, first key, the address of its layer 0 of [layers, rows, length] float32, first query, stride, extra.
     """
-    row = tl.program_id(1)
+    row = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     q_token, k_token = q_token8 * 8, k_token8 * 8
     if PACKED:
-        line = table + tl.program_id(0) * 8
+        line = table + tl.program_id(1) * 8
+        rows = tl.num_programs(0) * tl.num_programs(2)
         begins = tl.load(line)
         end = tl.load(line + 1).to(tl.int32)
         low_key = tl.load(line + 2).to(tl.int32)
-        address = tl.load(line + 3) + (tl.cast(layer, tl.int64) * tl.num_programs(1) + row) * end * 4
+        address = tl.load(line + 3) + (tl.cast(layer, tl.int64) * rows + row) * end * 4
         out = address.to(tl.pointer_type(tl.float32))
         first = tl.load(line + 4).to(tl.int32)
         stride = tl.load(line + 5).to(tl.int32)
@@ -102,7 +92,7 @@ def column_sums_kernel(
         k += begins * k_token
         lse += begins
     else:
-        low_key = tl.program_id(0) * BLOCK_K
+        low_key = tl.program_id(1) * BLOCK_K
         out += tl.cast(row, tl.int64) * out_row
     key = low_key + tl.arange(0, BLOCK_K)
     column = tl.arange(0, BLOCK_D)
@@ -158,10 +148,7 @@ def column_sums_kernel(
             q_at = q_rows + tl.cast(place, tl.int64) * q_token + q_inner
             q_tile = tl.load(q_at) if D == BLOCK_D else tl.load(q_at, mask=(column < D)[None, :], other=0.0)
             row_lse = tl.load(lse_row + place + inner)
-            x = _exponents(key_tile, q_tile, row_lse, factor, cap, SOFTCAP, PRECISION)
-            p = tl.exp2(x)
-            if POLY > 0:
-                p = tl.where((nth // 8 % 8 < POLY)[None, :], _exp2_polynomial(x), p)
+            p = tl.exp2(_exponents(key_tile, q_tile, row_lse, factor, cap, SOFTCAP, PRECISION))
             if FOLD:
                 sums += tl.sum(p, 1)
             else:

@@ -91,7 +91,7 @@ def add_column_sums_packed(
         layer: at or after ``packed.layer``.
         scale, softcap, window: as in :class:`d2o.attention.AttentionRule`.
     """
-    tiling = Tiling.default(q.dtype, q.shape[2], 0)
+    tiling = Tiling.default(q.dtype, q.shape[2], tokens=0, queries=0)
     extra_tiles = -(-packed.block // tiling.queries) if packed.extra else 0
     group = q.shape[0] // k.shape[0]
     _launch(q, k, lse, packed, packed.received, 1, extra_tiles, layer, scale, softcap, window, tiling)
@@ -114,7 +114,7 @@ def _launch(
     tiling: Tiling,
 ) -> None:
     launch(
-        (table.shape[0], q.shape[0] // heads, 1),
+        (1, table.shape[0], q.shape[0] // heads),
         (q, k, lse, lse, table, *eighths(q, k), lse.stride(0), 0,
          0, 0, 0, 1, 0, layer - packed.layer, *factors(scale, softcap)),
         constants(
