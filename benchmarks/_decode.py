@@ -18,7 +18,6 @@ from d2o.kernels.decode import (
     decode_items,
     plan_decode,
 )
-from d2o.kernels.decode_plan import WORTH_SLOTS
 from d2o.kernels.paged import PagedTensors
 from d2o.kernels.reference import decode as reference
 
@@ -99,8 +98,8 @@ class Batch:
             device="cuda",
         )
 
-    def items(self, **waves: int) -> int:
-        return decode_items(len(self.shape.lengths), self.heads.kv_heads, GpuFacts.read().processors, **waves)
+    def items(self) -> int:
+        return decode_items(len(self.shape.lengths), self.heads.kv_heads, GpuFacts.read().processors)
 
     def rule(self, **changed: Any) -> dict[str, Any]:
         return {"scale": self.heads.head_dim**-0.5, "window": None, "softcap": None} | changed
@@ -108,11 +107,9 @@ class Batch:
     def config(self, **changes: Any) -> DecodeConfig:
         return replace(DecodeConfig.choose(self.heads.head_dim, self.heads.dtype, self.shape.page_size), **changes)
 
-    def time(
-        self, mode: dict[str, bool], config: DecodeConfig | None = None, worth: int = WORTH_SLOTS, **waves: int
-    ) -> float:
+    def time(self, mode: dict[str, bool], config: DecodeConfig | None = None) -> float:
         """Milliseconds of one layer's attention."""
-        plan = plan_decode(self.lengths, items=self.items(**waves), worth=worth)
+        plan = plan_decode(self.lengths, items=self.items())
         workspace, rule = self.workspace(plan.items), self.rule(**mode)
 
         def attend(layer: int) -> Tensor:
@@ -170,16 +167,17 @@ def compare(
     return {"output_relative_norm": error, "score_largest": float((pool.score - after.score).abs().max())}
 
 
-def check_replays(rounds: int = 3) -> dict[str, float]:
+def check_replays(changes: dict[str, Any], rounds: int = 3) -> dict[str, float]:
     """One captured step, replayed at changing lengths; the worst differences to the twin."""
     longest = max(max(lengths) for lengths in REPLAYS)
     batch = Batch(Shape("replays", (longest,) * len(REPLAYS[0])), Heads(), layers=2)
     rule, items = batch.rule(score=True, bias=True), batch.items()
     workspace, plan = batch.workspace(items), DecodePlan.empty(batch.lengths, items)
+    config = batch.config(**changes)
 
     def step() -> Tensor:
         plan_decode(batch.lengths, items=items, out=plan)
-        return decode_attention(*batch.inputs, plan, 1, workspace=workspace, **rule)
+        return decode_attention(*batch.inputs, plan, 1, workspace=workspace, config=config, **rule)
 
     step()
     torch.cuda.synchronize()

@@ -33,30 +33,23 @@ SHAPES = (
     Shape("64 x 512", (512,) * 64),
     Shape("1 x 32768", (32768,)),
 )
+TARGETS = tuple(shape for shape in SHAPES if shape.target)
 MODES: dict[str, dict[str, bool]] = {
     "plain": {"score": False, "bias": False},
     "scores": {"score": True, "bias": False},
     "scores, biases": {"score": True, "bias": True},
 }
-# Changes to DecodeConfig; ``waves``, ``worth`` and ``page_size`` change the split and the pool.
+# Changes to DecodeConfig; ``page_size`` changes the pool. Launches that overlap come last: should a device refuse them,
+# all else is measured.
 SWEEP: tuple[dict[str, int | bool], ...] = (
-    {},
-    {"warps": 1},
-    {"warps": 4},
-    {"warps": 4, "score_slots": 1024},
-    {"stages": 4},
-    {"page_size": 64},
-    {"page_size": 64, "warps": 4},
-    {"page_size": 64, "stages": 4},
-    {"page_size": 64, "block": 32},
-    {"waves": 4},
-    {"waves": 16},
-    {"worth": 1024},
-    {"waiting": 0},
-    {"waiting": 4},
-    {"score_stages": 3, "score_slots": 256},
-    {"pin_stash": False},
-    {"descriptors": False},
+    {"apart": False},
+    {"apart": False, "warps": 4, "score_slots": 1024},
+    {"apart": True},
+    {"apart": True, "warps": 4, "score_slots": 1024},
+    {"page_size": 64, "apart": False},
+    {"page_size": 64, "apart": True},
+    {"apart": True, "linked": True},
+    {"page_size": 64, "apart": True, "linked": True},
 )
 CHECKS: tuple[tuple[Heads, dict[str, Any]], ...] = (
     (Heads(), {}),
@@ -71,10 +64,10 @@ def _layers(shape: Shape) -> int:
     return min(32, max(2, -int(-_LAYER_BYTES // (sum(shape.lengths) * Heads().slot_bytes))))
 
 
-def time_shapes(ceilings: Ceilings) -> list[dict[str, Any]]:
+def time_shapes(ceilings: Ceilings, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
     """One row a shape and mode."""
     rows = []
-    for shape in SHAPES:
+    for shape in shapes:
         batch = Batch(shape, Heads(), layers=_layers(shape))
         plan_us = 1e3 * batch.time_plan()
         for name, mode in MODES.items():
@@ -95,35 +88,32 @@ def time_shapes(ceilings: Ceilings) -> list[dict[str, Any]]:
 
 
 def sweep(ceilings: Ceilings) -> list[dict[str, Any]]:
-    """The default and its neighbours: share of the read bandwidth, plain / with scores and biases."""
+    """Ways to launch: share of the read bandwidth at the shapes with a target, plain / with scores and biases."""
     rows = []
-    shapes = [replace(shape, page_size=page) for page in (32, 64) for shape in SHAPES if shape.name in _SWEPT]
+    shapes = [replace(shape, page_size=page) for page in (32, 64) for shape in TARGETS]
     batches = [Batch(shape, Heads(), layers=_layers(shape)) for shape in shapes]
     for changes in SWEEP:
-        split = {name: int(value) for name, value in changes.items() if name in ("waves", "worth")}
         page = int(changes.get("page_size", 32))
-        config = {name: value for name, value in changes.items() if name not in ("waves", "worth", "page_size")}
+        config = {name: value for name, value in changes.items() if name != "page_size"}
         row: dict[str, Any] = {"changes": changes}
         rows.append(row)
         try:
             check(Heads(), page, config)
+            check_replays(config, rounds=1)
             for batch in batches:
                 if batch.shape.page_size == page:
-                    row[batch.shape.name] = _shares(batch, config, split, ceilings)
-        except (OutOfResources, AssertionError) as error:
+                    row[batch.shape.name] = _shares(batch, config, ceilings)
+        except (OutOfResources, AssertionError, RuntimeError) as error:
             row["error"] = str(error).partition("\n")[0]
-        text = ("/".join(f"{value:.1%}" for value in each) for name, each in row.items() if name in _SWEPT)
+        text = ("/".join(f"{value:.1%}" for value in row.get(shape.name, ())) for shape in TARGETS)
         print("  ".join(text), row.get("error", ""), changes, flush=True)
     return rows
 
 
-_SWEPT = (*(shape.name for shape in SHAPES if shape.target), "64 x 512")
-
-
-def _shares(batch: Batch, config: dict[str, Any], split: dict[str, int], ceilings: Ceilings) -> list[float]:
+def _shares(batch: Batch, config: dict[str, Any], ceilings: Ceilings) -> list[float]:
     """Shares of the read bandwidth, plain and with scores and biases."""
     modes = (MODES["plain"], MODES["scores, biases"])
-    times = [batch.time(mode, batch.config(**config), **split) for mode in modes]
+    times = [batch.time(mode, batch.config(**config)) for mode in modes]
     return [
         batch.necessary_bytes(mode) / time / 1e9 / ceilings.read_tb_s for mode, time in zip(modes, times, strict=True)
     ]
@@ -133,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--no-sweep", action="store_true", help="time the default configuration only")
+    parser.add_argument("--quick", action="store_true", help="time only the shapes that have a target")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("decode_attention_gpu: no CUDA device, nothing measured")
@@ -142,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         facts = {"heads": str(heads), "rule": rule} | check(heads, **rule)
         checks.append(facts)
         print(facts, flush=True)
-    replays = check_replays()
+    replays = [check_replays({"apart": apart}) for apart in (False, True)]
     print("replays", replays, flush=True)
     ceilings = Ceilings.measure()
     print(ceilings, flush=True)
@@ -150,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "checks": checks,
         "replays": replays,
         "ceilings": asdict(ceilings),
-        "rows": time_shapes(ceilings),
+        "rows": time_shapes(ceilings, TARGETS if given.quick else SHAPES),
     }
     path = write_result(given.out, "decode_attention_gpu", result)
     if not given.no_sweep:

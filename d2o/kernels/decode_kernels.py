@@ -10,8 +10,10 @@ import math
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from d2o.kernels.decode_finish import STASH_SCALE, finish
+from d2o.kernels.decode_finish import finish
+from d2o.kernels.decode_scores import STASH_SCALE, UNIT
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _COUNTS = ["layer", "batch", "items", "table_rows", "table_columns", "room", "waiting"]
@@ -59,15 +61,12 @@ def _tile(
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ) -> tl.tensor:
     """Keys or values [BLOCK, DIM_PAD] of the slots from flat index ``place``; zero where a slot is not live."""
     dim, column = tl.arange(0, DIM_PAD), tl.arange(0, BLOCK)
-    if WHOLE and DESCRIPTORS:
+    if WHOLE:
         return described.load([place, 0])
     spot = place.to(tl.int64) * DIM + column[:, None] * DIM + dim[None, :]
-    if WHOLE and DIM == DIM_PAD:
-        return tl.load(source + spot)
     return tl.load(source + spot, mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
 
 
@@ -77,20 +76,19 @@ def _keep(
     stash_peak: tl.tensor,
     slot: tl.tensor,
     weight: tl.tensor,
-    level: tl.tensor,
+    top: tl.tensor,
     free: tl.tensor,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
-    POLICY: tl.constexpr,
 ) -> None:
     """Stashes a tile's weights [BLOCK, ROWS] from stash slot ``slot`` on, where there is room."""
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     kept = (row < GROUP) & free
     cells = stash + (slot + column)[:, None] * LANES + row[None, :]
-    tl.store(cells, (weight * STASH_SCALE).to(tl.float16), mask=kept[None, :], eviction_policy=POLICY)
-    tl.store(stash_peak + slot // BLOCK * LANES + row, level, mask=kept)
+    tl.store(cells, (weight * STASH_SCALE).to(tl.float16), mask=kept[None, :], eviction_policy="evict_last")
+    tl.store(stash_peak + slot // BLOCK * LANES + row, top, mask=kept)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -120,18 +118,16 @@ def _step(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
-    SCORE: tl.constexpr,
+    STASH: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     WHOLE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    POLICY: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Online softmax over the BLOCK slots from flat index ``place``: new peak, sums [BLOCK, ROWS] and output."""
     column = tl.arange(0, BLOCK)
-    key = _tile(k, described_k, place, live, DIM, DIM_PAD, BLOCK, WHOLE, DESCRIPTORS)
-    value = _tile(v, described_v, place, live, DIM, DIM_PAD, BLOCK, WHOLE, DESCRIPTORS)
+    key = _tile(k, described_k, place, live, DIM, DIM_PAD, BLOCK, WHOLE)
+    value = _tile(v, described_v, place, live, DIM, DIM_PAD, BLOCK, WHOLE)
     logits = tl.dot(key, query, input_precision="ieee") * scale
     if SOFTCAP:
         logits = (1.0 - 2.0 / (1.0 + tl.exp(2.0 * logits / softcap))) * (softcap * _LOG2E)
@@ -149,8 +145,8 @@ def _step(
     shrink = tl.exp2(most - level)
     added = added * shrink[None, :] + weight
     result = tl.dot(tl.trans(value), weight.to(value.dtype), result * shrink[None, :], input_precision="ieee")
-    if SCORE:
-        _keep(stash, stash_peak, slot, weight, level, free, GROUP, BLOCK, ROWS, LANES, POLICY)
+    if STASH:
+        _keep(stash, stash_peak, slot, weight, top, free, GROUP, BLOCK, ROWS, LANES)
     return top, added, result
 
 
@@ -210,24 +206,25 @@ def attend_kernel(
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     RESET: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    STASH: tl.constexpr,
     TILES: tl.constexpr,
     SPLITS: tl.constexpr,
-    SCORE_STAGES: tl.constexpr,
-    STORE_POLICY: tl.constexpr,
-    LOAD_POLICY: tl.constexpr,
+    LINKED: tl.constexpr,
 ) -> None:
     """Program (KV head, item): whole tiles first, then the one with the new token, then what its sequence still needs.
 
     A tile lies in one page, whose id is loaded a step ahead: no key's address waits for memory.
     """
+    if LINKED:
+        gdc_launch_dependents()
     head, item = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(owner + layer * items + item)
     if sequence < 0:
         return
     at = layer * batch + sequence
-    length, size, origin = tl.load(lengths + at), tl.load(share + at), tl.load(base + at)
-    begin = (item - tl.load(first + at + layer)) * size
+    length, origin = tl.load(lengths + at), tl.load(base + at)
+    size = tl.multiple_of(tl.load(share + at), UNIT)
+    begin = tl.multiple_of((item - tl.load(first + at + layer)) * size, UNIT)
     end = tl.minimum(begin + size, length)
     current = tl.load(positions + sequence)
     pages = table + (layer.to(tl.int64) * table_rows + tl.load(rows + sequence)) * table_columns
@@ -240,7 +237,7 @@ def attend_kernel(
     added = tl.zeros([BLOCK, ROWS], tl.float32)
     result = tl.zeros([DIM_PAD, ROWS], tl.float32)
     live = column >= 0
-    drawer = head.to(tl.int64) * room + origin
+    drawer = tl.multiple_of(head.to(tl.int64) * room + origin, UNIT)
     oldest = current - window + 1
     whole = tl.where(end == length, (length - 1) // BLOCK * BLOCK, end)
     for start in range(begin, whole, BLOCK):
@@ -248,7 +245,7 @@ def attend_kernel(
         most, added, result = _step(
             query, most, added, result, k, v, described_k, described_v, bias, position, stash, stash_peak,
             place, live, oldest, drawer + start, origin + start < room, scale, softcap,
-            GROUP, DIM, DIM_PAD, BLOCK, ROWS, LANES, SCORE, WINDOW, SOFTCAP, BIAS, True, DESCRIPTORS, STORE_POLICY,
+            GROUP, DIM, DIM_PAD, BLOCK, ROWS, LANES, STASH, WINDOW, SOFTCAP, BIAS, True,
         )  # fmt: skip
         page = tl.load(pages + tl.minimum(start + BLOCK, length - 1) // PAGE)
     if end == length:
@@ -260,7 +257,7 @@ def attend_kernel(
         most, added, result = _step(
             query, most, added, result, k, v, described_k, described_v, bias, position, stash, stash_peak,
             place, whole + column < length, oldest, drawer + whole, origin + whole < room, scale, softcap,
-            GROUP, DIM, DIM_PAD, BLOCK, ROWS, LANES, SCORE, WINDOW, SOFTCAP, BIAS, False, DESCRIPTORS, STORE_POLICY,
+            GROUP, DIM, DIM_PAD, BLOCK, ROWS, LANES, STASH, WINDOW, SOFTCAP, BIAS, False,
         )  # fmt: skip
     index = (item * KV_HEADS + head) * GROUP + row
     sums = tl.sum(added, 0)
@@ -278,5 +275,5 @@ def attend_kernel(
     finish(
         out, score, pages, partial, peak, total, stash, stash_peak, arrivals + sequence * KV_HEADS + head,
         head, sequence, item, low, high, used - waiting, begin, end, length, size, drawer, origin, room,
-        KV_HEADS, GROUP, PAGE, DIM, DIM_PAD, BLOCK, LANES, SCORE, TILES, SPLITS, SCORE_STAGES, LOAD_POLICY,
+        KV_HEADS, GROUP, PAGE, DIM, DIM_PAD, BLOCK, LANES, SCORE, TILES, SPLITS,
     )  # fmt: skip

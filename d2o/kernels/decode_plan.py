@@ -114,14 +114,13 @@ def decode_items(batch: int, kv_heads: int, processors: int, *, waves: int = _WA
     return -(-waves * _PROGRAMS_PER_PROCESSOR * processors // kv_heads) + batch
 
 
-def plan_decode(lengths: Tensor, *, items: int, out: DecodePlan | None = None, worth: int = WORTH_SLOTS) -> DecodePlan:
+def plan_decode(lengths: Tensor, *, items: int, out: DecodePlan | None = None) -> DecodePlan:
     """Shares out a step's slots; one launch for all layers, without waiting for the device.
 
     Args:
         lengths: [layers, batch] int32, contiguous.
         items: grid size, more than batch: see :func:`decode_items`.
         out: a plan of the same shapes to fill, made by ``DecodePlan.empty(lengths, items)`` around the same lengths.
-        worth: slots worth an item of their own, where that leaves a quarter of ``items`` at least.
 
     Raises:
         ValueError: ``items`` leaves nothing to share out.
@@ -133,12 +132,12 @@ def plan_decode(lengths: Tensor, *, items: int, out: DecodePlan | None = None, w
     padded = triton.next_power_of_2(batch)
     tile = max(1, min(64, 8192 // padded))
     _plan_kernel[layers, triton.cdiv(items, tile)](
-        lengths, plan.share, plan.first, plan.base, plan.owner, batch, items, worth, SHARE_SLOTS, padded, tile
+        lengths, plan.share, plan.first, plan.base, plan.owner, batch, items, SHARE_SLOTS, WORTH_SLOTS, padded, tile
     )
     return plan
 
 
-@triton.jit(do_not_specialize=["batch", "items", "worth"], do_not_specialize_on_alignment=["lengths"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["batch", "items"], do_not_specialize_on_alignment=["lengths"])  # type: ignore[untyped-decorator]
 def _plan_kernel(
     lengths: tl.tensor,
     share: tl.tensor,
@@ -147,8 +146,8 @@ def _plan_kernel(
     owner: tl.tensor,
     batch: tl.tensor,
     items: tl.tensor,
-    worth: tl.tensor,
     UNIT: tl.constexpr,
+    WORTH: tl.constexpr,
     BATCH: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
@@ -158,7 +157,7 @@ def _plan_kernel(
     inside = index < batch
     length = tl.load(lengths + layer * batch + index, mask=inside, other=0)
     slots = tl.sum(length, 0)
-    limit = tl.maximum(tl.cdiv(slots, items - batch), tl.minimum(worth, tl.cdiv(4 * slots, items - batch)))
+    limit = tl.maximum(tl.cdiv(slots, items - batch), tl.minimum(WORTH, tl.cdiv(4 * slots, items - batch)))
     limit = tl.maximum(tl.cdiv(limit, UNIT) * UNIT, UNIT)
     even = tl.cdiv(length, tl.maximum(tl.cdiv(length, limit), 1))
     even = tl.maximum(tl.cdiv(even, UNIT) * UNIT, UNIT)

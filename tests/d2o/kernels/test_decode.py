@@ -67,22 +67,44 @@ def test_a_long_sequence_beside_short_ones_is_split_over_many_items() -> None:
 
 
 @pytest.mark.parametrize("waiting", [0, 1, 2])
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_who_scores_and_how_keys_are_loaded_makes_no_difference(*, descriptors: bool, waiting: int) -> None:
+def test_who_adds_the_scores_makes_no_difference(waiting: int) -> None:
     # The interpreter runs one program after another: only the last of a sequence may wait for the others.
-    config = DecodeConfig(block=32, waiting=waiting, score_slots=64, descriptors=descriptors)
+    config = DecodeConfig(block=32, waiting=waiting, score_slots=64, apart=False)
     Case(lengths=[[90, 1100, 1]], kv_heads=waiting or 1, group=2).check(items=3 + 8, config=config)
     Case(lengths=[[90, 1100]], kv_heads=1, group=2, head_dim=96).check(items=2 + 8, config=replace(config, waiting=1))
 
 
-def test_one_workspace_serves_layer_after_layer() -> None:
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("score_slots", [64, 1024])
+def test_scores_added_by_a_second_launch_are_the_same(score_slots: int, group: int) -> None:
+    config = DecodeConfig(block=16, score_slots=score_slots, apart=True)
+    Case(lengths=[[90, 1100, 1, 128, 257]], kv_heads=1, group=group).check(items=5 + 8, config=config)
+
+
+def test_few_sequences_take_the_second_launch() -> None:
+    config = DecodeConfig(block=32)
+    assert config.scores_apart(1, torch.device("cpu"))
+    assert not config.scores_apart(2, torch.device("cpu"))
+    assert replace(config, apart=True).scores_apart(2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_tiles_that_the_window_hides_score_nothing_however_small_all_logits_are(*, apart: bool) -> None:
+    case = Case(lengths=[[200]], kv_heads=1, group=1)
+    case.q = -40 * case.k_new
+    case.check(window=1, config=DecodeConfig(block=32, apart=apart))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_one_workspace_serves_layer_after_layer(*, apart: bool) -> None:
     case = Case(lengths=[[300, 900], [700, 5]])
     plan = plan_decode(case.counts, items=2 + 9)
     workspace, pool, expected = case.workspace(plan.items), case.copy(), case.copy()
+    rule = case.rule() | {"config": DecodeConfig(block=32, apart=apart)}
     for layer in (0, 1, 0):
         inputs = (case.q, case.k_new, case.v_new)
         out = decode_attention(
-            *inputs, pool, case.table, case.rows, case.positions, plan, layer, workspace=workspace, **case.rule()
+            *inputs, pool, case.table, case.rows, case.positions, plan, layer, workspace=workspace, **rule
         )
         tables = (case.table, case.rows, case.positions, case.counts)
         wanted = reference.decode_attention(*inputs, expected, *tables, layer, **case.rule())
@@ -147,12 +169,14 @@ def test_a_workspace_that_is_too_small_is_refused() -> None:
         decode_attention(*inputs, plan, 0, workspace=silent, **case.rule())
 
 
-def test_a_layer_larger_than_the_stash_writes_nothing_beyond_it() -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_layer_larger_than_the_stash_writes_nothing_beyond_it(*, apart: bool) -> None:
     case = Case(lengths=[[300, 200]])
     plan = plan_decode(case.counts, items=6)
     room = DecodeWorkspace.allocate(batch=1, items=6, heads=8, kv_heads=2, head_dim=64, slots=128, device=DEVICE)
     inputs = (case.q, case.k_new, case.v_new, case.copy(), case.table, case.rows, case.positions)
-    out = decode_attention(*inputs, plan, 0, workspace=room, **case.rule())
+    config = DecodeConfig(block=32, apart=apart)
+    out = decode_attention(*inputs, plan, 0, workspace=room, config=config, **case.rule())
     torch.testing.assert_close(out, case.expect()[0], rtol=1e-5, atol=1e-5)
 
 
@@ -164,9 +188,11 @@ def test_real_lengths_on_the_gpu(dtype: torch.dtype, head_dim: int, group: int) 
     case.check(items=decode_items(5, 8, 132), window=3000, softcap=30.0)
 
 
-@pytest.mark.parametrize("layer", [pytest.param(1, marks=gpu)])
-def test_a_captured_step_follows_the_lengths_that_its_tensors_hold(layer: int) -> None:
+@pytest.mark.parametrize("changes", [pytest.param(c, marks=gpu) for c in ({"apart": False}, {"linked": True})])
+def test_a_captured_step_follows_the_lengths_that_its_tensors_hold(changes: dict[str, bool]) -> None:
+    layer = 1
     case = Case(lengths=[[300, 40], [900, 2000]], kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    config = replace(DecodeConfig.choose(128, torch.bfloat16, 32), **changes)
     items = decode_items(2, 8, 132)
     workspace, pool = case.workspace(items), case.copy()
     plan = DecodePlan.empty(case.counts.clone(), items)
@@ -174,7 +200,7 @@ def test_a_captured_step_follows_the_lengths_that_its_tensors_hold(layer: int) -
 
     def step() -> Tensor:
         plan_decode(plan.lengths, items=items, out=plan)
-        return decode_attention(*inputs, plan, layer, workspace=workspace, **case.rule())
+        return decode_attention(*inputs, plan, layer, workspace=workspace, config=config, **case.rule())
 
     plan.lengths.fill_(1)
     step()
