@@ -15,6 +15,8 @@ from d2o.attention import AttentionRule, DecodeSegments, ScoreTarget, decode_att
 from d2o.pages import PagePool
 
 ATTENTION_NAME = "d2o"
+LAYER_NUMBER = "d2o_layer_number"
+"""Attribute of an attention module: its layer's number as a tensor, where compiled code must not be bound to it."""
 
 # Keyword arguments that models pass along and that do not change the mathematics of the attention.
 _HARMLESS = frozenset(
@@ -41,7 +43,7 @@ class AttentionStep(Protocol):
 
     def attend(
         self,
-        layer: int,
+        layer: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -51,8 +53,9 @@ class AttentionStep(Protocol):
     ) -> Tensor:
         """Takes in the layer's new keys and values, attends, and returns [tokens, heads, head_dim].
 
-        ``query`` is [1, heads, tokens, head_dim], ``key`` and ``value`` [1, kv_heads, tokens, head_dim]; ``scale``,
-        ``window`` and ``softcap`` are those of :class:`d2o.attention.AttentionRule`.
+        ``layer`` is its number, as an int or as a tensor (see ``LAYER_NUMBER``). ``query`` is [1, heads, tokens,
+        head_dim], ``key`` and ``value`` [1, kv_heads, tokens, head_dim]; ``scale``, ``window`` and ``softcap`` are
+        those of :class:`d2o.attention.AttentionRule`.
         """
         ...
 
@@ -158,7 +161,7 @@ def attention(
     if step is None:
         raise ValueError("d2o attention was called without its step context")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer = getattr(module, LAYER_NUMBER) if hasattr(module, LAYER_NUMBER) else module.layer_idx
     return step.attend(layer, query, key, value, scale, sliding_window, softcap)[None], None
 
 

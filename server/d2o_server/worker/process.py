@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 import zmq
 
@@ -140,7 +139,6 @@ def _start(say: Callable[[FromWorker], None], settings: WorkerSettings, ranks: R
         max_model_len=worker.max_model_len,
     )
     say(ready)
-    torch.set_num_threads(settings.threads)
     return worker.core
 
 

@@ -29,8 +29,9 @@ _GRAPH_BYTES = 3 << 30
 _PROMPTS_AT_ONCE = 2
 _TRIAL_RATIO = 0.25
 _TRIAL_OUTPUT = 4
-# Little is computed on the host, and waking many threads for it takes longer.
-_THREADS = 4
+# What the host computes is small, and torch wakes all of its threads for some of it (repeat_interleave): where other
+# processes keep the cores busy, waiting for the last of them takes longer than a step.
+_THREADS = 1
 
 
 def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None]) -> WorkerCore:
@@ -41,7 +42,7 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
         StartupError: the model failed a first request.
     """
     settings = plan.settings
-    torch.set_num_threads(min(settings.threads, _THREADS))
+    torch.set_num_threads(_THREADS)
     torch.cuda.set_device(plan.device)
     if settings.compile:
         _keep_compiled_code(settings.compile_cache)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2o_server.worker.distribution import greedy, pad_vocabulary
 from d2o_server.worker.gpu.operator import OperatorStep
+from d2o_server.worker.hf_attention import LAYER_NUMBER
 
+Compiler = Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., Any]]
 Forward = Callable[[Tensor, Tensor, Tensor, OperatorStep], "Logits"]
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -93,19 +96,18 @@ class Logits:
         return Logits(self.logits[:rows], self.best_ids[:rows], self.best[:rows])
 
 
-def forward_of(model: nn.Module, layers: int, *, compiled: bool) -> Forward:
+def forward_of(model: nn.Module, layers: int, *, compiled: bool, backend: str | Compiler = "inductor") -> Forward:
     """The model as a function of input_ids [1, tokens], position_ids [1, tokens], rows to keep [n] and the step.
 
-    Compiled, its ``layers`` blocks share one form (one for each kind of layer), which serves all numbers of tokens but
-    1: so a start takes seconds, and loses only what could be fused across blocks.
+    Compiled (by torch's ``backend``), its ``layers`` blocks share one form, or one for each kind of layer, which serves
+    all numbers of tokens but 1: so a start takes seconds, and loses only what could be fused across blocks.
     """
     choose = _best
+    _number_layers(model)
     if compiled:
-        # Blocks differ in their number, which only the attention operator reads.
-        torch._dynamo.config.allow_unspec_int_on_nn_module = True
         for block in _blocks(model, layers):
-            block.compile(fullgraph=True, dynamic=True)
-        choose = torch.compile(_best, fullgraph=True, dynamic=True)
+            block.compile(fullgraph=True, dynamic=True, backend=backend)
+        choose = torch.compile(_best, fullgraph=True, dynamic=True, backend=backend)
 
     def forward(input_ids: Tensor, position_ids: Tensor, keep: Tensor, step: OperatorStep) -> Logits:
         out = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, step=step)
@@ -113,6 +115,18 @@ def forward_of(model: nn.Module, layers: int, *, compiled: bool) -> Forward:
         return Logits(logits, *choose(logits))
 
     return forward
+
+
+def _number_layers(model: nn.Module) -> None:
+    """Gives attention modules their layer's number as a tensor of the host too.
+
+    Compiled code takes it as an input. The number itself is a constant of each block's code, and would make as many
+    codes as there are blocks; leaving all numbers of modules open would leave head_dim open as well.
+    """
+    for module in model.modules():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int):
+            module.register_buffer(LAYER_NUMBER, torch.tensor(number), persistent=False)
 
 
 def _best(logits: Tensor) -> tuple[Tensor, Tensor]:

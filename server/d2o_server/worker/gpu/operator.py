@@ -23,7 +23,7 @@ class OperatorStep:
 
     def attend(
         self,
-        layer: int,
+        layer: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -51,21 +51,21 @@ class AttentionOperator:
             query: Tensor,
             key: Tensor,
             value: Tensor,
-            layer: int,
+            layer: Tensor,
             scale: float,
             window: int | None,
             softcap: float | None,
         ) -> Tensor:
             if self._current is None:
                 raise ValueError("the attention operator was called outside a step")
-            return self._current.attend(layer, query[0], key[0], value[0], AttentionRule(scale, window, softcap))
+            return self._current.attend(int(layer), query[0], key[0], value[0], AttentionRule(scale, window, softcap))
 
         # Annotations are strings in this module, and the operator's schema is made from real ones.
         attend.__annotations__ = {
             "query": Tensor,
             "key": Tensor,
             "value": Tensor,
-            "layer": int,
+            "layer": Tensor,
             "scale": float,
             "window": int | None,
             "softcap": float | None,
