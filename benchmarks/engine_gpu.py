@@ -18,8 +18,10 @@ import torch
 from d2o.config import D2OConfig, Policy
 
 NONE = D2OConfig(policy=Policy.NONE)
+_TIGHT = D2OConfig(budget_tokens=1024)
 SHAPES = ((128, 6592), (64, 512), (256, 1024))
 _STEPS = 64
+_STREAM_TOKENS = 256
 _PROFILED = 16
 _BATCHES = (1, 4, 16, 32, 64, 128, 192, 256)
 # Names of kernels by what they do; the rest is normalisation, rotation, activation and sampling.
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["first_token"] = [
             _first_token(worker, options.prompt, config) for config in (NONE, D2OConfig(ratio=0.2, min_budget=1024))
         ]
+    if options.streams:
+        result["streams"] = [_streams(worker, options.streams, config) for config in (NONE, _TIGHT)]
     if options.concurrency:
         result["concurrency"] = [_concurrency(worker, slots) for slots in (4096, 1024)]
     if options.profile:
@@ -85,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-model-len", type=int, default=40960)
     parser.add_argument("--num-pages", type=int, help="default: what the GPU's memory affords")
     parser.add_argument("--prompt", type=int, default=32768, help="tokens of the prompt that is read; 0 for none")
+    parser.add_argument("--streams", type=int, default=200, help="real requests that decode together; 0 for none")
     parser.add_argument("--graphs", action=switch, default=True)
     parser.add_argument("--compile", action=switch, default=True)
     parser.add_argument("--concurrency", action=switch, default=True, help="decode rates of batches of many sizes")
@@ -140,6 +145,38 @@ def _first_token(worker: Any, tokens: int, config: D2OConfig) -> dict[str, Any]:
                 row["kept"] = ended.facts.layers[0].kept
         row["seconds"] = first
     row["tokens_per_second"] = tokens / row["seconds"]
+    print(row, flush=True)
+    return row
+
+
+def _streams(worker: Any, count: int, config: D2OConfig) -> dict[str, Any]:
+    """Requests of 1,024 + 256 tokens from prompt to end: what the engine alone gives, and how even its steps are."""
+    from benchmarks import _engine
+
+    generator = torch.Generator().manual_seed(5)
+    shape = (count, 1024)
+    prompts = torch.randint(0, worker.shape.vocabulary_size, shape, generator=generator).tolist()
+    for index, prompt in enumerate(prompts):
+        _engine.submit(worker.core, f"stream-{index}", tuple(prompt), config, _STREAM_TOKENS)
+    torch.cuda.synchronize()
+    began = last = time.perf_counter()
+    steps: list[float] = []
+    tokens = admitted = 0
+    while worker.core:
+        report = worker.core.step()
+        now = time.perf_counter()
+        # Before, steps read prompts as well.
+        if admitted == count and len(report.tokens) == count:
+            steps.append(1000 * (now - last))
+        admitted += len(report.admitted)
+        tokens, last = tokens + len(report.tokens), now
+    percentiles = torch.tensor(steps or [0.0]).quantile(torch.tensor([0.5, 0.95, 0.99, 1.0])).tolist()
+    row = {
+        "policy": config.policy.value,
+        "streams": count,
+        "output_tokens_per_second": tokens / (last - began),
+        "step_ms": dict(zip(("p50", "p95", "p99", "max"), percentiles, strict=True)),
+    }
     print(row, flush=True)
     return row
 
