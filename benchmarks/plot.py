@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks._cli import RESULTS
 
 _GREY, _BLUE, _INK = "#9aa0a6", "#2a6f97", "#202124"
+_PARTS = (_BLUE, "#468faf", "#89c2d9", "#e9c46a", "#c5c9ce", "#f1f3f4")
 
 
 def plot_concurrency(folder: Path, name: str = "concurrency") -> Path:
@@ -30,6 +31,47 @@ def plot_concurrency(folder: Path, name: str = "concurrency") -> Path:
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=150, metadata={"Software": None})
     return path
+
+
+def plot_engine(folder: Path, name: str = "engine_gpu") -> Path:
+    """Draws ``folder/name.png`` from ``folder/name.json``: decode rates by concurrency, and what a step is made of."""
+    result = json.loads((folder / f"{name}.json").read_text())
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for line, color in zip(result["concurrency"], (_GREY, _BLUE), strict=False):
+        rates = {int(batch): rate for batch, rate in line["tokens_per_second"].items()}
+        left.plot(list(rates), list(rates.values()), marker="o", markersize=3, color=color)
+        end = max(rates)
+        left.annotate(
+            f"{line['slots']:,} slots a layer", (end, rates[end]), (-4, 6), textcoords="offset points", ha="right"
+        )
+    left.set_title("Output tokens/s by sequences at once", fontsize=11, fontweight="bold", color=_INK)
+    left.set_ylim(0)
+    left.spines[["top", "right"]].set_visible(False)
+    _stacked(right, result["parts_ms"])
+    figure.suptitle(f"{result['model']} on {result['gpu']['name']}, decode steps only", fontsize=9, color=_INK)
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return path
+
+
+def _stacked(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """One bar a shape: the share of each kind of kernel, and of the time in which none ran."""
+    labels = [f"{row['sequences']} x {row['slots']:,}" for row in rows]
+    kinds = [kind for kind in rows[0] if kind not in ("sequences", "slots")]
+    totals = [sum(row[kind] for kind in kinds) for row in rows]
+    begun = [0.0] * len(rows)
+    for kind, color in zip(kinds, _PARTS, strict=False):
+        shares = [100 * row[kind] / total for row, total in zip(rows, totals, strict=True)]
+        if any(share >= 0.5 for share in shares):
+            axes.barh(labels, shares, left=begun, color=color, label=kind, height=0.6)
+        begun = [before + share for before, share in zip(begun, shares, strict=True)]
+    axes.set_title("A decode step by part, %", fontsize=11, fontweight="bold", color=_INK)
+    axes.set_xlim(0, 100)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(fontsize=8, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08))
 
 
 def _title(settings: dict[str, Any], machine: dict[str, Any]) -> str:
@@ -53,13 +95,17 @@ def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], title: str
     axes.spines[["top", "left", "right"]].set_visible(False)
 
 
+_PLOTS = {"concurrency": plot_concurrency, "engine_gpu": plot_engine}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     folder = parser.parse_args(arguments).out
-    if not (folder / "concurrency.json").exists():
-        parser.error("there is no concurrency.json to draw: run python -m benchmarks.concurrency first")
-    print(f"written: {plot_concurrency(folder).name}")
+    drawn = [draw(folder).name for name, draw in _PLOTS.items() if (folder / f"{name}.json").exists()]
+    if not drawn:
+        parser.error(f"there is no {' or '.join(f'{name}.json' for name in _PLOTS)} to draw: run the benchmarks first")
+    print(f"written: {', '.join(drawn)}")
 
 
 if __name__ == "__main__":

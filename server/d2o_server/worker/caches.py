@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from d2o.attention import ScoreTarget
 from d2o.config import D2OConfig, LayerBudgets, Policy
 from d2o_server.engine.memory import CacheShape, Reservation
 from d2o_server.engine.types import CacheFacts, LayerCache
-from d2o_server.worker.cache_ops import CacheOps, Span
+from d2o_server.worker.cache_ops import CacheOps
+from d2o_server.worker.cache_state import CacheLengths, SequenceCache
 from d2o_server.worker.prompt_scores import PromptScores
 from d2o_server.worker.ranks import Ranks
 
@@ -22,31 +22,6 @@ _NEVER = 1 << 40
 _PAGE_MULTIPLE_FROM = 8
 
 _WINDOW_ONLY = D2OConfig.of(Policy.STREAMING, sinks=0, min_budget=1)
-
-
-@dataclass(slots=True, eq=False)
-class SequenceCache:
-    """One sequence's place in the pool. ``spans`` are (time spent on compression, share of it) pairs."""
-
-    row: int
-    config: D2OConfig
-    budget: int
-    prompt_tokens: int
-    total_tokens: int
-    scores: PromptScores | None = None
-    budgets: list[int] = field(default_factory=list)
-    compressed: bool = False
-    peak_pages: int = 0
-    spans: list[tuple[Span, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class CacheLengths:
-    """Slots in use [layers, n] and tokens seen [n] of ``rows`` [n] at one moment."""
-
-    rows: Tensor
-    used: Tensor
-    seen: Tensor
 
 
 class CacheManager:
@@ -151,7 +126,7 @@ class CacheManager:
                 self.ops.store_scores(self._full, cache.row, self._group(received))
             if compresses:
                 window = None if scores is None or scores.window is None else self._of_full_layers(scores.window)
-                self._compress_full_layers(cache, received, window)
+                self._compress_prompt(cache, received, window)
             cache.scores = None
             self._trim_windows(cache)
         return self.pages_needed(cache)
@@ -187,28 +162,41 @@ class CacheManager:
         """``values`` [layers, ...] of the layers that compression applies to."""
         return values if not self._sliding.numel() else values[self._full]
 
-    def _compress_full_layers(self, cache: SequenceCache, received: Tensor | None, window: Tensor | None) -> None:
+    def _compress_prompt(self, cache: SequenceCache, received: Tensor | None, window: Tensor | None) -> None:
         """First compression of a sequence: budgets by layer, then eviction and merging down to them.
 
-        ``received`` [full layers, heads, tokens] and ``window`` [full layers, kv_heads, prompt]. Budgets depend on
-        densities, so this is where the host waits for the device.
+        ``received`` [full layers, heads, tokens] and ``window`` [full layers, kv_heads, prompt].
         """
-        config, layers = cache.config, self._full
-        cache.budgets = self._allocate(cache, received)
-        cache.compressed = True
-        rows = torch.full_like(layers, cache.row)
-        self.keep[layers, cache.row] = torch.tensor([cache.budgets[i] for i in layers.tolist()])
-        self._evict(layers, rows, config, window)
-        if config.evicts_in_decode:
-            self.limit[layers, cache.row] = self.keep[layers, cache.row] + self.shape.slack(config)
+        self._fix_budgets([cache], [received])
+        layers = self._full
+        self._evict(layers, torch.full_like(layers, cache.row), cache.config, window)
 
-    def _allocate(self, cache: SequenceCache, received: Tensor | None) -> list[int]:
+    def _fix_budgets(self, caches: list[SequenceCache], received: Sequence[Tensor | None]) -> None:
+        """Fixes what each layer of the caches goes back to, from the attention [full layers, heads, tokens] received.
+
+        Budgets depend on densities, so this is where the host waits for the device: once for all of them.
+        """
+        layers, none = self._full, torch.zeros(self._full.numel(), device=self.pool.device)
+        pairs = list(zip(caches, received, strict=True))
+        densities = torch.stack(
+            [none if of is None else self._densities(of, cache.config) for cache, of in pairs]
+        ).cpu()
+        for cache, density in zip(caches, densities, strict=True):
+            cache.budgets = self._allocate(cache, density)
+            cache.compressed = True
+            self.keep[layers, cache.row] = torch.tensor([cache.budgets[i] for i in layers.tolist()])
+            if cache.config.evicts_in_decode:
+                self.limit[layers, cache.row] = self.keep[layers, cache.row] + self.shape.slack(cache.config)
+
+    def _densities(self, received: Tensor, config: D2OConfig) -> Tensor:
+        """The density [full layers] of all ranks' heads."""
+        if config.layer_budgets is LayerBudgets.UNIFORM:
+            return received.new_zeros(len(received))
+        return budget.density_of(self.ranks.all_heads(budget.variances(received)), config)
+
+    def _allocate(self, cache: SequenceCache, densities: Tensor) -> list[int]:
         """Budgets by layer in slots; 0 for sliding-window layers."""
         config, layers = cache.config, self._full.tolist()
-        if config.layer_budgets is LayerBudgets.UNIFORM or received is None:
-            densities = torch.zeros(len(layers))
-        else:
-            densities = budget.density_of(self.ranks.all_heads(budget.variances(received)), config).cpu()
         average, page = cache.budget, self.shape.page_size
         whole_pages = config.evict_interval is None and average >= _PAGE_MULTIPLE_FROM * page
         dense = tuple(layers.index(i) for i in config.dense_layers if i in layers)
@@ -249,23 +237,25 @@ class CacheManager:
         if bool(is_sliding.any()):
             self._evict(layers[is_sliding], rows[is_sliding], _WINDOW_ONLY, None)
         layers, rows = layers[~is_sliding], rows[~is_sliding]
-        groups: dict[D2OConfig, list[int]] = {}
-        for row in rows.unique().tolist():
-            cache = self.by_row[row]
-            if cache.compressed:
-                groups.setdefault(cache.config, []).append(row)
-            else:
-                self._compress_late(cache)
+        caches = [self.by_row[row] for row in rows.unique().tolist()]
+        self._compress_late([cache for cache in caches if not cache.compressed])
+        groups: dict[D2OConfig, list[SequenceCache]] = {}
+        for cache in caches:
+            groups.setdefault(cache.config, []).append(cache)
         for config, members in groups.items():
-            chosen = torch.isin(rows, torch.tensor(members))
-            with self._timed([self.by_row[row] for row in members]):
+            chosen = torch.isin(rows, torch.tensor([cache.row for cache in members]))
+            with self._timed(members):
                 self._evict(layers[chosen], rows[chosen], config, None)
 
-    def _compress_late(self, cache: SequenceCache) -> None:
-        """First compression of a sequence that started below its budget and has now reached it."""
-        with self._timed([cache]):
-            used = int(self.pool.used[self._full[0], cache.row])
-            self._compress_full_layers(cache, self.ops.read_scores(self._full, cache.row, used), None)
+    def _compress_late(self, caches: list[SequenceCache]) -> None:
+        """Fixes the budgets of sequences that started below them and have reached them now, in all layers at once."""
+        if not caches:
+            return
+        with self._timed(caches):
+            used = self.pool.used[self._full[0]].tolist()
+            self._fix_budgets(
+                caches, [self.ops.read_scores(self._full, cache.row, used[cache.row]) for cache in caches]
+            )
 
     def _evict(self, layers: Tensor, rows: Tensor, config: D2OConfig, window: Tensor | None) -> None:
         """Brings each (layer, row) pair that holds more back to its ``keep``; ``window``: [pairs, kv_heads, prompt]."""

@@ -14,7 +14,8 @@ from d2o_server.engine.scheduler import StepPlan
 from d2o_server.engine.sequence import Sequence
 from d2o_server.engine.types import CacheFacts
 from d2o_server.errors import OutOfDeviceMemory, ServerError
-from d2o_server.worker.caches import CacheManager, SequenceCache
+from d2o_server.worker.cache_state import SequenceCache
+from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.sampler import RowLogprobs, Sampler, SamplingState
 
 

@@ -1,0 +1,36 @@
+"""What is known of one sequence's cache beside its lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from d2o.config import D2OConfig
+from d2o_server.worker.cache_ops import Span
+from d2o_server.worker.prompt_scores import PromptScores
+
+
+@dataclass(slots=True, eq=False)
+class SequenceCache:
+    """One sequence's place in the pool. ``spans`` are (time spent on compression, share of it) pairs."""
+
+    row: int
+    config: D2OConfig
+    budget: int
+    prompt_tokens: int
+    total_tokens: int
+    scores: PromptScores | None = None
+    budgets: list[int] = field(default_factory=list)
+    compressed: bool = False
+    peak_pages: int = 0
+    spans: list[tuple[Span, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLengths:
+    """Slots in use [layers, n] and tokens seen [n] of ``rows`` [n] at one moment."""
+
+    rows: Tensor
+    used: Tensor
+    seen: Tensor
