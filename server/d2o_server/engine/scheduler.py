@@ -48,13 +48,15 @@ class Scheduler:
     """First come, first served; a sequence is admitted when all the pages it can ever need are unreserved.
 
     So nothing that runs is ever preempted. ``prefill_tokens`` bounds the prompt tokens of one step, so that running
-    streams keep their pace while prompts are read.
+    streams keep their pace while prompts are read. With ``whole_chunks`` a prompt that does not end in a step is read
+    by exactly that many tokens: its chunks then begin at multiples of them, for which attention has plans.
     """
 
-    def __init__(self, *, pages: int, max_sequences: int, prefill_tokens: int) -> None:
+    def __init__(self, *, pages: int, max_sequences: int, prefill_tokens: int, whole_chunks: bool = False) -> None:
         self.ledger = PageLedger(pages)
         self.max_sequences = max_sequences
         self.prefill_tokens = prefill_tokens
+        self.whole_chunks = whole_chunks
         self.waiting: deque[Sequence] = deque()
         self.running: OrderedDict[str, Sequence] = OrderedDict()
 
@@ -90,6 +92,8 @@ class Scheduler:
                 break
             if sequence.stage is Stage.PREFILL:
                 count = min(left, sequence.prompt_remaining)
+                if self.whole_chunks and count < min(self.prefill_tokens, sequence.prompt_remaining):
+                    break
                 prefill.append(PrefillSlice(sequence, sequence.prefilled, count))
                 left -= count
         return StepPlan(decode, tuple(prefill))

@@ -116,20 +116,36 @@ class CacheManager:
         if cache.scores is not None:
             cache.scores.clear()
 
+    def fix_prompts(self, caches: list[SequenceCache]) -> None:
+        """Fixes the budgets of prompts whose last chunk has run, before :meth:`finish_prompt`: one wait for all."""
+        due = [cache for cache in caches if self._compresses(cache)]
+        if due:
+            with self._timed(due):
+                self._fix_budgets(due, [self._received(cache) for cache in due])
+
     def finish_prompt(self, cache: SequenceCache) -> int:
         """Compresses a prompt whose last chunk has run; returns the pages that the sequence can still need."""
-        scores = cache.scores
+        if not cache.compressed:
+            self.fix_prompts([cache])
         with self._timed([cache]):
-            received = None if scores is None else self._of_full_layers(scores.complete())
-            compresses = cache.config.enabled and cache.prompt_tokens > cache.budget
-            if received is not None and (compresses or cache.config.evicts_in_decode):
+            received = self._received(cache)
+            if received is not None and (cache.compressed or cache.config.evicts_in_decode):
                 self.ops.store_scores(self._full, cache.row, self._group(received))
-            if compresses:
+            if cache.compressed:
+                scores, layers = cache.scores, self._full
                 window = None if scores is None or scores.window is None else self._of_full_layers(scores.window)
-                self._compress_prompt(cache, received, window)
+                self._evict(layers, torch.full_like(layers, cache.row), cache.config, window)
             cache.scores = None
             self._trim_windows(cache)
         return self.pages_needed(cache)
+
+    @staticmethod
+    def _compresses(cache: SequenceCache) -> bool:
+        return cache.config.enabled and cache.prompt_tokens > cache.budget
+
+    def _received(self, cache: SequenceCache) -> Tensor | None:
+        """The attention [full layers, heads, prompt] that a complete prompt's tokens received, if it was counted."""
+        return None if cache.scores is None else self._of_full_layers(cache.scores.complete())
 
     @contextmanager
     def _timed(self, caches: list[SequenceCache]) -> Iterator[None]:
@@ -161,15 +177,6 @@ class CacheManager:
     def _of_full_layers(self, values: Tensor) -> Tensor:
         """``values`` [layers, ...] of the layers that compression applies to."""
         return values if not self._sliding.numel() else values[self._full]
-
-    def _compress_prompt(self, cache: SequenceCache, received: Tensor | None, window: Tensor | None) -> None:
-        """First compression of a sequence: budgets by layer, then eviction and merging down to them.
-
-        ``received`` [full layers, heads, tokens] and ``window`` [full layers, kv_heads, prompt].
-        """
-        self._fix_budgets([cache], [received])
-        layers = self._full
-        self._evict(layers, torch.full_like(layers, cache.row), cache.config, window)
 
     def _fix_budgets(self, caches: list[SequenceCache], received: Sequence[Tensor | None]) -> None:
         """Fixes what each layer of the caches goes back to, from the attention [full layers, heads, tokens] received.

@@ -148,7 +148,14 @@ class Runner(ABC):
 
     def _compress(self, plan: StepPlan, launched: Launched) -> None:
         failed = {sequence.id for sequence, _ in launched.failed}
-        for sequence in [part.sequence for part in plan.prefill if part.last and part.sequence.id not in failed]:
+        finished = [part.sequence for part in plan.prefill if part.last and part.sequence.id not in failed]
+        try:
+            self.caches.fix_prompts([self.running[sequence.id].cache for sequence in finished])
+        except Exception as error:
+            # Then each is tried by itself.
+            if not is_out_of_memory(error):
+                raise
+        for sequence in finished:
             try:
                 launched.settled.append((sequence, self.caches.finish_prompt(self.running[sequence.id].cache)))
             except Exception as error:

@@ -87,6 +87,20 @@ def test_a_step_reads_at_most_its_prompt_tokens_and_in_order_of_admission() -> N
     assert run_step(engine) == []
 
 
+def test_whole_chunks_begin_at_multiples_of_a_step() -> None:
+    engine = Scheduler(pages=10, max_sequences=8, prefill_tokens=64, whole_chunks=True)
+    for name, prompt in (("a", 100), ("b", 20), ("c", 150), ("d", 5)):
+        engine.add(sequence(name, prompt=prompt))
+    engine.admit()
+    # What is left of the second step is not enough for a chunk of c, and d does not overtake it.
+    assert run_step(engine) == [("a", 0, 64)]
+    assert run_step(engine) == [("a", 64, 36), ("b", 0, 20)]
+    assert run_step(engine) == [("c", 0, 64)]
+    assert run_step(engine) == [("c", 64, 64)]
+    assert run_step(engine) == [("c", 128, 22), ("d", 0, 5)]
+    assert run_step(engine) == []
+
+
 def test_every_sequence_that_decodes_is_in_every_step() -> None:
     engine = scheduler(tokens=16)
     for name, prompt in (("a", 10), ("b", 40)):

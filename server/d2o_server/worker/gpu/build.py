@@ -89,6 +89,7 @@ def assemble(plan: PoolPlan, forward: Forward, operator: AttentionOperator, page
         pages=pages,
         max_sequences=settings.max_sequences,
         prefill_tokens=settings.prefill_tokens or PREFILL_TOKENS,
+        whole_chunks=True,
     )
     return WorkerCore(runner, scheduler, cache_shape, check_integrity=settings.check_integrity)
 
