@@ -70,7 +70,7 @@ def _peer(task: Task) -> Outcome:
 
 
 async def _serve(task: Task) -> Outcome:
-    flags = ("--model", task.model, "--dtype", task.dtype, "--threads", str(task.threads), "--compression", "none")
+    flags = ("--model", task.model, "--device", "cpu", "--dtype", task.dtype, "--threads", str(task.threads))
     with running_server(*flags, environment=_ALLOCATOR) as target:
         async with open_client(target) as client:
             full = Compression(policy="none")

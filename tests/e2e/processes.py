@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 PATIENCE = 60
-TINY = ("--model", "random:tiny-llama", "--dtype", "float32", "--threads", "1", "--check-integrity")
+TINY = ("--model", "random:tiny-llama", "--device", "cpu", "--dtype", "float32", "--threads", "1", "--check-integrity")
 
 
 @dataclass(frozen=True, slots=True)
