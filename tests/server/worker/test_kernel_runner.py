@@ -14,11 +14,14 @@ from d2o_server.engine.types import SamplingParams
 from d2o_server.models.describe import describe
 from d2o_server.settings import worker_settings
 from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.distribution import greedy, pad_vocabulary
 from d2o_server.worker.gpu.build import assemble
+from d2o_server.worker.gpu.draws import draw_rows
 from d2o_server.worker.gpu.graphs import batch_sizes
-from d2o_server.worker.gpu.model import forward_of, join_projections
+from d2o_server.worker.gpu.model import Logits, forward_of, join_projections
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.pool_plan import PoolPlan
+from d2o_server.worker.sampler import SamplingState
 from tests.server.worker.conftest import NONE, PAGE, Answer, Harness, load, random_prompts, served_model
 
 NEW = 7
@@ -111,6 +114,10 @@ def test_a_sequence_that_ends_has_run_one_token_more_which_nobody_sees() -> None
     answered = harness.run()
     assert answered["ends"].tokens == free.tokens[: free.tokens.index(end) + 1]
     assert answered["ends"].reason == "end_of_text"
+    facts = answered["ends"].facts
+    assert facts is not None
+    # Its last token has been fed as well, before the host knew that it was the last.
+    assert {layer.kept for layer in facts.layers} == {len(prompt) + len(answered["ends"].tokens)}
     assert answered["goes on"].tokens == free.tokens
 
 
@@ -151,3 +158,51 @@ def test_batch_sizes_reach_the_most_and_waste_little(most: int) -> None:
     assert sizes[-1] == max(2, most)
     for batch in range(8, most + 1):
         assert next(size for size in sizes if size >= batch) < batch + 32
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(top_p=0.5, temperature=1.0)]
+)
+def test_logits_that_are_no_numbers_fail_their_request_only(sampling: SamplingParams) -> None:
+    harness = KernelHarness()
+    with torch.no_grad():
+        harness.model.get_submodule("model.embed_tokens").weight[511] = torch.nan  # type: ignore[operator]
+    prompt = [token % 511 for token in random_prompts((9,), seed=4)[0]]
+    (expected,) = answers(Harness(served_model("tiny-llama")), [prompt], NONE)
+    harness.submit([*prompt, 511], NONE, name="bad", new=NEW, sampling=sampling)
+    harness.submit(prompt, NONE, name="good", new=NEW)
+    answered = harness.run()
+    assert answered["bad"].failure is not None
+    assert answered["bad"].failure.error == "EngineFailure"
+    assert answered["good"].tokens == expected.tokens
+
+
+def test_a_row_that_is_used_again_starts_with_nothing_merged() -> None:
+    config, (prompt,) = POLICIES["default"], random_prompts((45,), seed=9)
+    harness = KernelHarness(chunk=64)
+    facts = []
+    for name in ("first", "second"):
+        harness.submit(prompt, config, name=name, new=2)
+        facts.append(harness.run()[name].facts)
+    assert facts[0] is not None
+    assert facts[1] is not None
+    assert any(layer.merged + layer.dropped for layer in facts[0].layers)
+    assert facts[0].layers == facts[1].layers
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("columns", [slice(3, 4), slice(None)])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_draw_from_logits_that_are_no_numbers_is_a_token_all_the_same(
+    bad: float, columns: slice, top_p: float
+) -> None:
+    """It is discarded later; until then the next step looks it up, and a device does not survive a wrong index."""
+    vocabulary = 500
+    logits = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(1))
+    params = SamplingParams(temperature=1.0, top_p=top_p)
+    states = [SamplingState(params, seed=seed, prompt_ids=(1,)) for seed in range(3)]
+    good = draw_rows(Logits(logits, *greedy(pad_vocabulary(logits))), states)
+    logits[1, columns] = bad
+    ids = draw_rows(Logits(logits, *greedy(pad_vocabulary(logits))), states)
+    assert 0 <= int(ids[1]) < vocabulary
+    assert (ids[0], ids[2]) == (good[0], good[2])

@@ -45,7 +45,8 @@ class KernelCacheOps:
 
     def reset(self, row: int) -> None:
         self.threshold[:, row] = NO_THRESHOLD
-        if self._evicted.pop(row, None) is not None:
+        if row in self._evicted:
+            del self._evicted[row]
             self._fates[:, :, row] = 0
 
     def clear_new(self, rows: Tensor, counts: Tensor, seen: Tensor) -> Tensor:

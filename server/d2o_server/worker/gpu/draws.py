@@ -45,8 +45,10 @@ def _draw(result: Logits, rows: Tensor, states: Sequence[SamplingState], *, filt
     numbers = [(s.params.temperature, s.uniform(), s.params.top_p, s.lowest) for s in states]
     temperature, uniform, top_p, lowest = upload(torch.tensor(numbers, dtype=torch.float64).T.contiguous(), device)
     shifted = pad_vocabulary(result.logits[rows]).float()
-    shifted -= result.best[rows, None].float()
+    best = result.best[rows].float()
+    shifted -= best[:, None]
     shifted /= temperature.float()[:, None]
+    _certain(shifted, ~best.isfinite())
     if not filtered:
         return draw(shifted, uniform, lowest.float())
     vocabulary = shifted.shape[-1]
@@ -55,3 +57,12 @@ def _draw(result: Logits, rows: Tensor, states: Sequence[SamplingState], *, filt
     by_count = bool((counts < vocabulary).any())
     by_mass = any(s.params.top_p < 1 for s in states)
     return draw_whole(shifted, uniform, limits, by_count=by_count, by_mass=by_mass)
+
+
+def _certain(shifted: Tensor, rows: Tensor) -> None:
+    """Leaves token 0 alone to be drawn in ``rows`` [rows] bool, whose logits are no numbers and whose requests fail.
+
+    The host learns that a step later; until then the token is looked up, and no device survives one that is none.
+    """
+    shifted.masked_fill_(rows[:, None], -torch.inf)
+    shifted[:, 0].masked_fill_(rows, 0.0)

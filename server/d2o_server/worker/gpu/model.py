@@ -1,4 +1,4 @@
-"""The model as a GPU runs it: projections of one input side by side, compiled as a whole."""
+"""The model as a GPU runs it: projections of one input side by side, blocks compiled."""
 
 from __future__ import annotations
 
