@@ -147,14 +147,15 @@ class KernelRunner(Runner):
 
     def _decode_part(self, plan: StepPlan, rows: Tensor, padding: int, scored: set[int]) -> DecodePart:
         pool = self.caches.pool
-        packed = torch.cat([torch.stack([rows, self.caches.seen[rows] - 1]), pool.used[:, rows]])
+        # Lengths first: kernels are compiled for where those begin.
+        packed = torch.cat([pool.used[:, rows], torch.stack([rows, self.caches.seen[rows] - 1])])
         unused = torch.ones(packed.shape[0], padding, dtype=torch.int64)
-        unused[0], unused[1] = self._ops.padding_row, 0
+        unused[-2], unused[-1] = self._ops.padding_row, 0
         on_device = upload(torch.cat([packed, unused], 1).int(), pool.device)
         items = decode_items(rows.numel() + padding, pool.kv_heads, processors(pool.device))
-        plans = plan_decode(on_device[2:], items=items)
+        plans = plan_decode(on_device[:-2], items=items)
         keeps = self._keeps_scores(plan)
-        return DecodePart(on_device[0], on_device[1], plans, self._workspace, bias=keeps, score=keeps, scored=scored)
+        return DecodePart(on_device[-2], on_device[-1], plans, self._workspace, bias=keeps, score=keeps, scored=scored)
 
     def _prefill_part(self, parts: tuple[PrefillSlice, ...], rows: Tensor, starts: Tensor, first: int) -> PrefillPart:
         counts = torch.tensor([part.count for part in parts])
