@@ -17,7 +17,6 @@ from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.distribution import greedy, pad_vocabulary
 from d2o_server.worker.gpu.build import assemble
 from d2o_server.worker.gpu.draws import draw_rows
-from d2o_server.worker.gpu.graphs import batch_sizes
 from d2o_server.worker.gpu.model import Logits, forward_of, join_projections
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.pool_plan import PoolPlan
@@ -149,15 +148,6 @@ def test_joined_projections_are_the_layers_that_they_replace() -> None:
     parts = [getattr(attention, name)(x) for name in ("q_proj", "k_proj", "v_proj")]
     for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
         torch.testing.assert_close(part, plain.get_submodule(f"model.layers.1.self_attn.{name}")(x))
-
-
-@pytest.mark.parametrize("most", [1, 2, 3, 8, 33, 256, 300, 512])
-def test_batch_sizes_reach_the_most_and_waste_little(most: int) -> None:
-    sizes = batch_sizes(most)
-    assert sizes == sorted(set(sizes))
-    assert sizes[-1] == max(2, most)
-    for batch in range(8, most + 1):
-        assert next(size for size in sizes if size >= batch) < batch + 32
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,6 @@ class _Captured:
     result: Logits
 
 
-def batch_sizes(most: int) -> list[int]:
-    """Sizes to capture: close together, so that little is padded; 1 is padded to 2, which shares compiled code."""
-    sizes = [2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most + 32, 32)]
-    return [size for size in sizes if size < most] + [max(2, most)]
-
-
 class DecodeGraphs:
     """Runs decode steps, replaying a graph where one was captured.
 

@@ -17,7 +17,7 @@ from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.device import Download, upload
 from d2o_server.worker.gpu.draws import draw_rows
-from d2o_server.worker.gpu.graphs import DecodeGraphs, batch_sizes, processors, workspace_for
+from d2o_server.worker.gpu.graphs import DecodeGraphs, processors, workspace_for
 from d2o_server.worker.gpu.model import Forward, Logits
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.prompts import Chunk, PrefillPart
@@ -86,15 +86,14 @@ class KernelRunner(Runner):
     ) -> None:
         super().__init__(caches, vocabulary_size)
         self._forward, self._operator, self._ops = forward, operator, ops
-        self._most = max_sequences
         self._workspace = workspace_for(ops, caches.query_heads, max(2, max_sequences))
         self._last_token = torch.zeros(caches.pool.used.shape[1], dtype=torch.int64, device=caches.pool.device)
         self._graphs = DecodeGraphs(forward, operator, ops, self._workspace, self._last_token, max_sequences)
 
     @torch.inference_mode()
-    def capture(self, progress: Callable[[str], None]) -> None:
-        """Captures decode steps of all batch sizes in CUDA graphs."""
-        self._graphs.capture(batch_sizes(self._most), progress)
+    def capture(self, sizes: list[int], progress: Callable[[str], None]) -> None:
+        """Captures decode steps of these batch sizes in CUDA graphs."""
+        self._graphs.capture(sizes, progress)
 
     @property
     def depth(self) -> int:

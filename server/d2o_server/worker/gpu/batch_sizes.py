@@ -1,0 +1,71 @@
+"""Which batch sizes are worth a captured decode step. What a matrix product costs does not always grow with its rows:
+libraries choose among kernels by rules of thumb, and at some sizes a padded batch is the quicker one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from d2o_server.worker.gpu.model import SharedProjection
+
+_ROUNDS = 2
+_WEIGHTS_A_SHAPE = 4
+# What a sequence of padding costs a layer's attention and elementwise kernels.
+_ROW_SECONDS = 3e-8
+_WORTH = 0.01
+
+
+def candidates(most: int) -> list[int]:
+    """Sizes that may be captured, ascending; the last is ``most``, but 2 for 1, which shares compiled code."""
+    sizes = [2, 4, *range(8, 256, 8), *range(256, most + 16, 16)]
+    return [size for size in sizes if size < most] + [max(2, most)]
+
+
+def worth_capturing(sizes: Sequence[int], seconds: Sequence[float]) -> list[int]:
+    """Those of ``sizes``, ascending, that save a hundredth of ``seconds`` over padding to the next; and the last."""
+    kept: list[int] = []
+    least = float("inf")
+    for size, cost in sorted(zip(sizes, seconds, strict=True), reverse=True):
+        if cost < least * (1 - _WORTH):
+            kept.append(size)
+            least = cost
+    return kept[::-1]
+
+
+@torch.inference_mode()
+def product_seconds(model: nn.Module, sizes: Sequence[int], layers: int) -> list[float]:
+    """How long the matrix products of a decode step take for each number of rows, and what padding rows cost besides.
+
+    Measured on weights that are not in the cache: several of each shape in turn.
+    """
+    by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    for weight in {id(weight): weight for weight in _weights(model)}.values():
+        by_shape[weight.shape].append(weight)
+    return [
+        layers * size * _ROW_SECONDS + sum(len(group) * _seconds(group, size) for group in by_shape.values())
+        for size in sizes
+    ]
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [module.weight for module in model.modules() if isinstance(module, nn.Linear | SharedProjection)]
+
+
+def _seconds(weights: list[Tensor], rows: int) -> float:
+    """Of one product, the best of a few rounds; the first has the library choose and keeps the device busy."""
+    some = weights[:_WEIGHTS_A_SHAPE]
+    x = torch.randn(rows, some[0].shape[1], dtype=some[0].dtype, device=some[0].device)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_ROUNDS + 2)]
+    for mark in marks[:-1]:
+        mark.record()
+        for weight in some:
+            nn.functional.linear(x, weight)
+    marks[-1].record()
+    marks[-1].synchronize()
+    best: float = min(begin.elapsed_time(end) for begin, end in pairwise(marks[1:]))
+    return best / 1000 / len(some)
