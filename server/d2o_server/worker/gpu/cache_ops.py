@@ -63,22 +63,24 @@ class KernelCacheOps:
         if over.numel() < layers.numel():
             layers, rows, keep, seen = layers[over], rows[over], keep[over], seen[over]
             window = None if window is None else window[upload(over, pool.device)]
-        on_device = upload(torch.stack([layers, rows]), pool.device)
-        pairs = (on_device[0], on_device[1])
+        # By one index, as no two pairs are the same: torch makes two dozen launches of adding at pairs of indices.
+        place = layers * pool.block_table.shape[1] + rows
+        at_layer, at_row, at = upload(torch.stack([layers, rows, place]), pool.device)
+        thresholds = self.threshold.view(-1, pool.kv_heads)
         result = evict_in_place(
             self.paged,
             self.table,
-            *pairs,
+            at_layer,
+            at_row,
             used=pool.used[layers, rows],
             keep=keep,
             seen=seen,
-            threshold=self.threshold[pairs],
+            threshold=thresholds.index_select(0, at),
             config=config,
             window=window,
         )
-        self.threshold[pairs] = result.threshold
-        self._fates[0].index_put_(pairs, result.merged, accumulate=True)
-        self._fates[1].index_put_(pairs, result.dropped, accumulate=True)
+        thresholds.index_copy_(0, at, result.threshold)
+        self._fates.view(2, -1).index_add_(1, at, torch.stack([result.merged, result.dropped]))
         pool.used[layers, rows] = keep
         pool.release(layers, rows)
         self._note(rows)
