@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from d2o.attention import AttentionRule, ScoreTarget
-from d2o.kernels.column_sums import LONG, SAMPLED, SHORT, add_column_sums
+from d2o.kernels.column_sums import LONG, MIDDLE, SHORT, add_column_sums
 from d2o.kernels.column_sums_packed import add_column_sums_packed, pack_targets
 from d2o.kernels.prefill import Backend, packed_prefill_attention, prefill_attention
 from d2o.kernels.reference import column_sums as reference
@@ -27,11 +27,10 @@ BACKENDS: tuple[Backend, ...] = ("cudnn", "flash")
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 TILINGS = {
-    "128x128 8 warps": LONG,
-    "128x128 8 warps, a group's heads adjacent": replace(LONG, adjacent=HEADS // KV_HEADS),
-    "128x64 8 warps, 80 registers": replace(LONG, queries=64, registers=80),
-    "128x64 4 warps, sums after the loop": SAMPLED,
-    "128x64 4 warps, sums after the loop, 168 registers": replace(SAMPLED, registers=168),
+    "256x64 8 warps, 2 of 8 by polynomial": LONG,
+    "256x64 8 warps, none by polynomial": replace(LONG, polynomial=0),
+    "128x64 4 warps": MIDDLE,
+    "128x64 4 warps, 2 of 8 by polynomial": replace(MIDDLE, polynomial=2),
     "64x64 4 warps": SHORT,
 }
 

@@ -1,7 +1,7 @@
 """How much attention each key of a prompt received, from the logsumexp that the attention forward left behind.
 
-Transposed: one program owns a block of keys of one head and walks over the queries that see it, so that its sums stay
-in registers, need no atomics and are the same in every run. Queries are numbered among the sampled ones only
+One program owns a block of keys of one head and walks over the queries that see it, so that its sums stay in
+registers, need no atomics and are the same in every run. Queries are numbered among the sampled ones only
 (``ScoreTarget.stride``); whole tiles need no mask, those on the diagonal and at either end do.
 """
 
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from d2o.attention import ScoreTarget
+from d2o.kernels.column_sums_exp2 import exp2_assembly
 from d2o.kernels.column_sums_kernels import column_sums_kernel
 from d2o.kernels.launch import Launcher, Options, eighths
 
 _LOG2E = math.log2(math.e)
-_LONG, _MANY = 2048, 1024
+_SHORT, _LONG, _MANY = 1024, 8192, 1024
 launch = Launcher(column_sums_kernel)
 
 
@@ -29,22 +30,22 @@ class Tiling:
     Attributes:
         keys, queries: of a tile; powers of two, and ``queries`` divides the sampling block or is a multiple of it.
         warps, stages: of the launch; stages of the loop over whole tiles.
-        fold: add a tile's columns up at once instead of after the loop: half the registers, a few shuffles a tile.
         registers: most of a thread, so that more programs share a processor; None leaves it to the compiler.
-        adjacent: so many heads' programs of the same keys follow one another, where that divides the heads; 1: all
-            programs of a head do.
+        adjacent: so many heads' programs of the same keys follow one another (their greatest common divisor with the
+            heads does); 1: all programs of a head do. The more, the better long and short programs even out.
+        polynomial: of eight exponentials of a whole tile, how many are multiplied out; none in the interpreter.
     """
 
     keys: int
     queries: int
     warps: int
     stages: int
-    fold: bool = True
     registers: int | None = None
     adjacent: int = 1
+    polynomial: int = 0
 
     @classmethod
-    def default(cls, dtype: torch.dtype, head_dim: int, tokens: int, queries: int, stride: int = 1) -> Tiling:
+    def default(cls, dtype: torch.dtype, head_dim: int, tokens: int, queries: int) -> Tiling:
         """What suits the shape; ``tokens`` are the keys, ``queries`` those between the first and the last that count.
 
         Few of either need smaller tiles.
@@ -53,14 +54,14 @@ class Tiling:
             return cls(keys=64, queries=32, warps=4, stages=1)
         if head_dim > 128:
             return cls(keys=64, queries=64, warps=4, stages=2)
-        if tokens <= _LONG or queries < _MANY:
+        if tokens <= _SHORT or queries < _MANY:
             return SHORT
-        return SAMPLED if stride > 1 else LONG
+        return LONG if tokens > _LONG else MIDDLE
 
 
-LONG = Tiling(keys=128, queries=128, warps=8, stages=2, registers=128)
-SAMPLED = Tiling(keys=128, queries=64, warps=4, stages=2, fold=False)
-SHORT = Tiling(keys=64, queries=64, warps=4, stages=3)
+LONG = Tiling(keys=256, queries=64, warps=8, stages=2, registers=128, adjacent=32, polynomial=2)
+MIDDLE = Tiling(keys=128, queries=64, warps=4, stages=2, registers=168, adjacent=32)
+SHORT = Tiling(keys=64, queries=64, warps=4, stages=2)
 
 
 def add_column_sums(
@@ -133,7 +134,7 @@ class _Chunk:
         extra = extra if extra is not None and max(extra, first) < min(extra + block, end) else None
         if not sampled and extra is None:
             return
-        tiling = self.tiling or Tiling.default(self.q.dtype, self.q.shape[2], end, end - first, stride)
+        tiling = self.tiling or Tiling.default(self.q.dtype, self.q.shape[2], end, end - first)
         rows = self.q.shape[0] // heads
         adjacent = math.gcd(rows, tiling.adjacent)
         launch(
@@ -175,7 +176,7 @@ def constants(
         extra,
         softcap,
         window,
-        tiling.fold,
+        exp2_assembly(tiling.polynomial if q.is_cuda else 0),
         "ieee" if q.dtype == torch.float32 else "tf32",
         tiling.stages,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from d2o.kernels.column_sums_exp2 import exp2_by
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def sampled_before(position: tl.tensor, stride: tl.tensor, SAMPLE: tl.constexpr) -> tl.tensor:
@@ -14,20 +16,26 @@ def sampled_before(position: tl.tensor, stride: tl.tensor, SAMPLE: tl.constexpr)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _exponents(
-    key_tile: tl.tensor,
     q: tl.tensor,
+    key_tile: tl.tensor,
     lse: tl.tensor,
     factor: tl.tensor,
     cap: tl.tensor,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """log2 of the probabilities [keys, queries] of one tile."""
-    logits = tl.dot(key_tile, tl.trans(q), input_precision=PRECISION)
+    """log2 of the probabilities [queries, keys] of one tile."""
+    logits = tl.dot(q, tl.trans(key_tile), input_precision=PRECISION)
     logits *= factor
     if SOFTCAP:
         logits = cap * (1.0 - 2.0 / (1.0 + tl.exp2(tl.minimum(logits, 64.0))))
-    return logits - (lse * 1.4426950408889634)[None, :]
+    return logits - (lse * 1.4426950408889634)[:, None]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _folded(p: tl.tensor, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr) -> tl.tensor:
+    """Sums of rows 8 apart, [BLOCK_Q / 16, 8, BLOCK_K]: those that the same thread holds after a product."""
+    return tl.sum(tl.reshape(p, [BLOCK_Q // 16, 2, 8, BLOCK_K]), 1)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
@@ -65,13 +73,14 @@ def column_sums_kernel(
     EXTRA: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
-    FOLD: tl.constexpr,
+    EXP2: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     """One program: BLOCK_K keys of HEADS query heads, from the diagonal to the end of the chunk.
 
-    The grid is (rows side by side, blocks of keys, groups of such rows).
+    The grid is (rows side by side, blocks of keys, groups of such rows). ``EXP2``: PTX of whole tiles' exponentials
+    (:func:`d2o.kernels.column_sums_exp2.exp2_assembly`), or "".
     ``PACKED``: the program's line of ``table`` [lines, 8] int64 says which prompt it serves: where that begins, its
     length, first key, the address of its layer 0 of [layers, rows, length] float32, first query, stride, extra.
     """
@@ -115,8 +124,7 @@ def column_sums_kernel(
     before = tl.maximum(whole - begin, 0) // BLOCK_Q
     partial = before + tl.maximum(finish - whole_end, 0) // BLOCK_Q
 
-    sums = tl.zeros([BLOCK_K], tl.float32)
-    tile_sums = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+    sums = tl.zeros([BLOCK_Q // 16, 8, BLOCK_K], tl.float32)
     for head in range(HEADS):
         q_rows = q + tl.cast(row * HEADS + head, tl.int64) * q_head8 * 8
         lse_row = lse + tl.cast(row * HEADS + head, tl.int64) * lse_head
@@ -133,26 +141,23 @@ def column_sums_kernel(
             q_mask = counts[:, None] & (column < D)[None, :]
             q_tile = tl.load(q_rows + place[:, None] * q_token + column, mask=q_mask, other=0.0)
             row_lse = tl.load(lse_row + place, mask=counts, other=0.0)
-            x = _exponents(key_tile, q_tile, row_lse, factor, cap, SOFTCAP, PRECISION)
-            seen = counts[None, :] & (key[:, None] <= position[None, :])
+            x = _exponents(q_tile, key_tile, row_lse, factor, cap, SOFTCAP, PRECISION)
+            seen = key[None, :] <= tl.where(counts, position, -1)[:, None]
             if WINDOW > 0:
-                seen &= key[:, None] > position[None, :] - WINDOW
-            p = tl.exp2(tl.where(seen, x, float("-inf"))) * weight
-            if FOLD:
-                sums += tl.sum(p, 1)
-            else:
-                tile_sums += p
+                seen &= key[None, :] > (position - WINDOW)[:, None]
+            p = tl.exp2(tl.where(seen, x, float("-inf")))
+            sums += _folded(p if EXTRA == 0 else p * weight, BLOCK_Q, BLOCK_K)
         q_inner = inner[:, None] * q_token + column[None, :]
         for number in tl.range(whole, whole_end, BLOCK_Q, num_stages=STAGES):
             place = number // SAMPLE * (SAMPLE * stride) + number % SAMPLE - start
             q_at = q_rows + tl.cast(place, tl.int64) * q_token + q_inner
             q_tile = tl.load(q_at) if D == BLOCK_D else tl.load(q_at, mask=(column < D)[None, :], other=0.0)
             row_lse = tl.load(lse_row + place + inner)
-            p = tl.exp2(_exponents(key_tile, q_tile, row_lse, factor, cap, SOFTCAP, PRECISION))
-            if FOLD:
-                sums += tl.sum(p, 1)
+            if EXP2 != "" and not SOFTCAP:
+                logits = tl.dot(q_tile, tl.trans(key_tile), input_precision=PRECISION)
+                p = exp2_by(EXP2, logits, factor, (row_lse * -1.4426950408889634)[:, None])
             else:
-                tile_sums += p
-    if not FOLD:
-        sums = tl.sum(tile_sums, 1)
-    tl.store(out + key, tl.load(out + key, mask=key < end, other=0.0) + sums * stride, mask=key < end)
+                p = tl.exp2(_exponents(q_tile, key_tile, row_lse, factor, cap, SOFTCAP, PRECISION))
+            sums += _folded(p, BLOCK_Q, BLOCK_K)
+    received = tl.sum(tl.sum(sums, 0), 0) * stride
+    tl.store(out + key, tl.load(out + key, mask=key < end, other=0.0) + received, mask=key < end)

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from d2o.attention import AttentionRule, ScoreTarget, prefill_attention
-from d2o.kernels.column_sums import LONG, SAMPLED, SHORT, Tiling, add_column_sums
+from d2o.kernels.column_sums import LONG, MIDDLE, SHORT, Tiling, add_column_sums
 from d2o.kernels.reference import column_sums as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,7 +120,7 @@ def test_sliding_windows_and_softcaps(window: int | None, softcap: float | None)
     "tiling",
     [
         replace(SMALL, keys=16, queries=64),
-        replace(SMALL, queries=128, fold=False),
+        replace(SMALL, queries=128),
         replace(SMALL, keys=64, queries=16, stages=2),
     ],
 )
@@ -167,7 +167,7 @@ def test_real_shapes(head_dim: int, stride: int, window: int | None) -> None:
 @needs_gpu
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("stride", [1, 4])
-@pytest.mark.parametrize("tiling", [None, LONG, SAMPLED, SHORT, replace(LONG, adjacent=4)])
+@pytest.mark.parametrize("tiling", [None, LONG, MIDDLE, SHORT, replace(LONG, polynomial=0), replace(LONG, adjacent=1)])
 def test_long_prompts(head_dim: int, stride: int, tiling: Tiling | None) -> None:
     q, k = queries_keys(8, 2, 6001, head_dim, torch.bfloat16)
     rule = AttentionRule(head_dim**-0.5)

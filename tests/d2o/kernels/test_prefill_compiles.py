@@ -11,19 +11,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from d2o.kernels import store
+from d2o.kernels.column_sums_exp2 import exp2_assembly
 from d2o.kernels.column_sums_kernels import column_sums_kernel
 
 TYPES = dict.fromkeys("q k v pool_k pool_v out_k out_v".split(), "*bf16")
 TYPES |= dict.fromkeys("lse out score bias".split(), "*fp32") | {"factor": "fp32", "cap": "fp32", "table": "*i64"}
 TYPES |= dict.fromkeys("position block_table rows slots positions".split(), "*i32")
-SUMS = {"PACKED": False, "HEADS": 1, "GROUP": 4, "D": 128, "BLOCK_D": 128, "BLOCK_K": 128, "BLOCK_Q": 128}
-SUMS |= {"SAMPLE": 128, "EXTRA": 0, "SOFTCAP": False, "WINDOW": 0, "FOLD": True, "PRECISION": "tf32"}
-SUMS |= {"STAGES": 2}
-SHORT = SUMS | {"PACKED": True, "BLOCK_K": 64, "BLOCK_Q": 64, "SAMPLE": 64, "STAGES": 3}
+SUMS = {"PACKED": False, "HEADS": 1, "GROUP": 4, "D": 128, "BLOCK_D": 128, "BLOCK_K": 256, "BLOCK_Q": 64}
+SUMS |= {"SAMPLE": 64, "EXTRA": 0, "SOFTCAP": False, "WINDOW": 0, "PRECISION": "tf32"}
+SUMS |= {"EXP2": exp2_assembly(2), "STAGES": 2}
+SHORT = SUMS | {"PACKED": True, "BLOCK_K": 64, "EXP2": ""}
 PAGES = {"PAGE": 32, "D": 96, "BLOCK_D": 128}
 WORK = [
     (column_sums_kernel, SUMS, 8, 128, 114),
-    (column_sums_kernel, SUMS | {"BLOCK_Q": 64, "SAMPLE": 64, "EXTRA": 1, "FOLD": False}, 4, None, 76),
+    (column_sums_kernel, SUMS | {"EXTRA": 1}, 8, 128, 114),
     (column_sums_kernel, SHORT, 4, None, 76),
     (column_sums_kernel, SHORT | {"HEADS": 4, "EXTRA": 1, "SOFTCAP": True, "WINDOW": 9}, 4, None, 76),
     (store._store_kernel, PAGES | {"BLOCK_T": 32, "CLEAR": True}, 4, None, 57),
