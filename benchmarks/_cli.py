@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks._machine import Machine
 from d2o_server.settings import DEFAULT_MODEL
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_GPU_MODEL = "random:llama-3.1-8b"
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -26,6 +28,39 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return made
+
+
+def serving_parser(description: str, name: str) -> argparse.ArgumentParser:
+    """The same with a model for a GPU, and the flags of those that run loads on a server from client processes."""
+    made = parser(description)
+    made.set_defaults(model=_GPU_MODEL)
+    made.add_argument("--server-flags", default="", help="more flags of d2o-serve, in one argument")
+    made.add_argument("--client-processes", type=int, default=4, help="that the requests are sent from")
+    made.add_argument("--seed", type=int, default=0, help="of the prompts")
+    made.add_argument("--name", default=name, help="of the file that is written")
+    return made
+
+
+def lacks_gpu(options: argparse.Namespace) -> bool:
+    """Whether the model needs a GPU and there is none; says so."""
+    if options.model != _GPU_MODEL or shutil.which("nvidia-smi") is not None:
+        return False
+    print(f"{options.name}: {_GPU_MODEL} needs a GPU, and there is none here; --model takes a smaller one")
+    return True
+
+
+def cells(given: Sequence[str], allowed: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Reads ``workload:policy`` pairs, in order.
+
+    Raises:
+        SystemExit: a cell names what there is not.
+    """
+    found = [(name, policy) for name, _, policy in (cell.partition(":") for cell in given)]
+    for cell in found:
+        if cell not in allowed:
+            every = ", ".join(":".join(pair) for pair in allowed)
+            raise SystemExit(f"cells: got {':'.join(cell)}, allowed are {every}")
+    return found
 
 
 def write_json(folder: Path, name: str, result: dict[str, Any]) -> Path:

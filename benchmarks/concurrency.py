@@ -9,25 +9,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any
 
-import numpy
-
 from benchmarks import _cli
+from benchmarks._pool import cache_shape, pool_pages
 from benchmarks._prompts import PromptSet, make_prompts
 from benchmarks._server import ClosedSet, Reply, check_complete, open_client, running_server
+from benchmarks._serving import model_flags, percentiles, settled
 from benchmarks.plot import plot_concurrency
 from d2o_client import AsyncClient, Compression, Load, ModelInfo
-from d2o_server.models.describe import describe
-from d2o_server.models.source import resolve
-from d2o_server.worker.loader import load_config
 
 _SAMPLE_SECONDS = 0.05
-_SETTLE_SECONDS = 10.0
+_SHARES = (50, 95)
 _LEAST_SECONDS_FOR_A_RATE = 0.5
 _PREEMPTIONS = (
     "none by construction: admission reserves every page that a request can need; checked: every stream brought "
@@ -95,24 +91,12 @@ async def measure(
     finally:
         sampler.cancel()
     check_complete(replies, new_tokens)
-    return _result(label, replies, samples, await _settled(client))
+    return _result(label, replies, samples, await settled(client))
 
 
 async def _sample(client: AsyncClient, requests: ClosedSet, samples: list[Sample]) -> None:
     while True:
         samples.append(Sample(load=await client.load(), streams=requests.running))
-        await asyncio.sleep(_SAMPLE_SECONDS)
-
-
-async def _settled(client: AsyncClient) -> Load:
-    """The load once nothing is held any more."""
-    deadline = time.monotonic() + _SETTLE_SECONDS
-    while True:
-        load = await client.load()
-        if not (load.pages_used or load.pages_reserved or load.running or load.waiting):
-            return load
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"pages leaked: {load.pages_used} used, {load.pages_reserved} reserved after the run")
         await asyncio.sleep(_SAMPLE_SECONDS)
 
 
@@ -136,10 +120,12 @@ def _result(label: str, replies: Sequence[Reply], samples: Sequence[Sample], aft
         output_tokens_per_second_while_queued=_rate(sum(at <= last_admission for at in times), last_admission),
         decode_only_seconds=decode_only[1],
         decode_only_tokens_per_second=_rate(*decode_only),
-        ttft_seconds=_percentiles([reply.first_token_at for reply in replies]),
-        ttft_from_admission_seconds=_percentiles([reply.first_token_at - reply.admitted_at for reply in replies]),
-        itl_seconds=_percentiles([gap for reply in replies for gap in reply.gaps]),
-        queue_seconds=_percentiles([reply.finished.usage.queue_seconds for reply in replies]),
+        ttft_seconds=percentiles([reply.first_token_at for reply in replies], _SHARES),
+        ttft_from_admission_seconds=percentiles(
+            [reply.first_token_at - reply.admitted_at for reply in replies], _SHARES
+        ),
+        itl_seconds=percentiles([gap for reply in replies for gap in reply.gaps], _SHARES),
+        queue_seconds=percentiles([reply.finished.usage.queue_seconds for reply in replies], _SHARES),
         peak_pages=max(reply.finished.cache.peak_pages for reply in replies),
         peak_pages_in_use=max(sample.load.pages_used for sample in samples),
         mean_ratio_reached=mean(reply.finished.cache.ratio_reached for reply in replies),
@@ -167,27 +153,17 @@ def _rate(tokens: int, seconds: float) -> float | None:
     return tokens / seconds if seconds >= _LEAST_SECONDS_FOR_A_RATE else None
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    return {f"p{share}": float(numpy.percentile(values, share)) if values else 0.0 for share in (50, 95)}
-
-
 def policies(ratios: Sequence[float], min_budget: int) -> list[tuple[str, Compression]]:
     """The full cache, then D2O at each ratio."""
     d2o = [(f"d2o {ratio:g}", Compression(policy="d2o", ratio=ratio, min_budget=min_budget)) for ratio in ratios]
     return [("none", Compression(policy="none")), *d2o]
 
 
-def pool_pages(model: str, tokens: int, page_size: int) -> int:
-    """Pages that hold the full cache of this many tokens."""
-    return describe(load_config(resolve(model))).layers * -(-tokens // page_size)
-
-
 async def run(parsed: argparse.Namespace, prompts: PromptSet) -> dict[str, Any]:
     """Runs every policy on one server; returns the result as JSON."""
     count = parsed.requests
-    flags = ["--model", parsed.model, "--dtype", parsed.dtype, "--threads", str(parsed.threads)]
-    flags += ["--page-size", str(parsed.page_size), "--prefill-tokens", str(parsed.prefill_tokens)]
-    flags += ["--num-pages", str(pool_pages(parsed.model, parsed.pool_tokens, parsed.page_size))]
+    flags = [*model_flags(parsed), "--page-size", str(parsed.page_size), "--prefill-tokens", str(parsed.prefill_tokens)]
+    flags += ["--num-pages", str(pool_pages(cache_shape(parsed.model, parsed.page_size), parsed.pool_tokens))]
     flags += ["--max-waiting", str(count), "--max-waiting-tokens", str(count * parsed.prompt_tokens)]
     results = []
     with running_server(*flags) as target:

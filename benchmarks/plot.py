@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,55 @@ def plot_engine(folder: Path, name: str = "engine_gpu") -> Path:
     return path
 
 
+def plot_streams(folder: Path, name: str = "concurrency_gpu") -> Path:
+    """Draws ``folder/name.png`` from ``folder/name.json``: rates and waiting times by streams at once."""
+    result = json.loads((folder / f"{name}.json").read_text())
+    settings = result["settings"]
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    rates, gaps, waits = figure.subplots(1, 3)
+    for line, color in zip(result["policies"], (_GREY, _BLUE), strict=False):
+        runs, policy = line["runs"], line["policy"]
+        _by_streams(rates, runs, f"{policy}, prompts in", color, _rate_with_prompts_in)
+        _by_streams(rates, runs, f"{policy}, whole run", color, lambda run: run["output_tokens_per_second"], "--")
+        _by_streams(gaps, runs, f"{policy}, p50", color, lambda run: 1000 * run["itl_seconds"]["p50"])
+        _by_streams(gaps, runs, f"{policy}, p95", color, lambda run: 1000 * run["itl_seconds"]["p95"], "--")
+        _by_streams(waits, runs, f"{policy}, p50", color, lambda run: run["ttft_seconds"]["p50"])
+    for axes, title in ((rates, "Output tokens/s"), (gaps, "Inter-token latency, ms"), (waits, "First token, s")):
+        axes.set_title(title, fontsize=11, fontweight="bold", color=_INK)
+        axes.set_xlabel("streams at once", fontsize=9)
+        axes.set_ylim(0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    machine = result["machine"]
+    figure.suptitle(
+        f"{settings['model']}, {settings['prompt_tokens']:,} + {settings['new_tokens']:,} tokens, all submitted at once"
+        f" over gRPC, {', '.join(machine['gpus']) or machine['cpu']}",
+        fontsize=9,
+        color=_INK,
+    )
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return path
+
+
+def _rate_with_prompts_in(run: dict[str, Any]) -> float | None:
+    window = run["prompts_in"]
+    return None if window is None else float(window["output_tokens_per_second"])
+
+
+def _by_streams(
+    axes: Axes,
+    runs: Sequence[dict[str, Any]],
+    label: str,
+    color: str,
+    value: Callable[[dict[str, Any]], float | None],
+    style: str = "-",
+) -> None:
+    """One line; runs without that value are left out."""
+    points = [(run["requests"], y) for run in runs if (y := value(run)) is not None]
+    axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=color, label=label)
+
+
 def _stacked(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     """One bar a shape: the share of each kind of kernel, and of the time in which none ran."""
     labels = [f"{row['sequences']} x {row['slots']:,}" for row in rows]
@@ -95,7 +144,7 @@ def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], title: str
     axes.spines[["top", "left", "right"]].set_visible(False)
 
 
-_PLOTS = {"concurrency": plot_concurrency, "engine_gpu": plot_engine}
+_PLOTS = {"concurrency": plot_concurrency, "concurrency_gpu": plot_streams, "engine_gpu": plot_engine}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

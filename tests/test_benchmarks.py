@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import attention_cpu, baseline_cpu, concurrency, front, plot, throughput
-from benchmarks._load import Load
+from benchmarks import (
+    attention_cpu,
+    baseline_cpu,
+    concurrency,
+    concurrency_gpu,
+    equal_pool,
+    front,
+    front_model,
+    plot,
+    throughput,
+)
+from benchmarks._load import Load, Outcome
 from benchmarks._machine import Machine
+from benchmarks._pool import cache_shape, most_at_once, pool_pages
 from benchmarks._prompts import make_prompts
 from benchmarks._server import Reply, check_complete
+from benchmarks._serving import Window
 from d2o_client import CacheFacts, Compression, Finished, FinishReason, Started, Usage
 
+ON_CPU = ("--server-flags", "--device cpu", "--client-processes", "2")
 TINY = ("--model", "random:tiny-llama", "--dtype", "float32", "--threads", "1")
 
 
@@ -221,3 +235,92 @@ def test_front_measures_the_engine_alone_and_behind_grpc(tmp_path: Path) -> None
         assert 6 <= pace["messages"] <= pace["tokens"]
         assert pace["cpu_us_per_token"] > 0
     assert all(pace["seconds"] > 18 * 0.01 for pace in paces[:2])
+
+
+def test_front_model_compares_grpc_with_the_engine_of_the_same_worker(tmp_path: Path) -> None:
+    size = ("--streams", "6", "--prompt-tokens", "8", "--new-tokens", "20")
+    front_model.main([*TINY, *ON_CPU, *size, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "front_model.json").read_text())
+    paces = result["paces"]
+    assert [pace["path"] for pace in paces] == ["engine", "grpc", "grpc", "engine"]
+    assert [pace["tokens"] for pace in paces] == [6 * 20] * 4
+    first, second, third, fourth = (pace["tokens_per_second"] for pace in paces)
+    assert result["grpc_over_engine"] == pytest.approx((second + third) / (first + fourth))
+
+
+def outcome(*arrivals: float, counts: tuple[int, ...] = ()) -> Outcome:
+    return Outcome(
+        arrivals=array("d", arrivals),
+        counts=array("i", counts or (1,) * len(arrivals)),
+        queue_seconds=0.0,
+        peak_pages=1,
+        ratio_reached=1.0,
+    )
+
+
+def test_prompts_are_in_from_the_last_first_token_to_the_first_last_one() -> None:
+    window = Window.of([outcome(1.0, 2.0, 3.0, 4.0, 5.0), outcome(2.5, 4.5, 6.5, counts=(1, 2, 1))])
+    assert window is not None
+    # From 2.5 to 5.0: tokens at 3, 4 and 5, and two at 4.5.
+    assert (window.seconds, window.tokens) == (2.5, 5)
+    assert window.output_tokens_per_second == pytest.approx(2.0)
+    assert window.itl_seconds["p50"] == 1.0
+
+
+def test_there_is_no_such_time_where_a_stream_ended_before_another_began() -> None:
+    assert Window.of([outcome(1.0, 2.0), outcome(3.0, 4.0)]) is None
+
+
+def test_a_pool_holds_the_last_prompt_in_full_beside_what_the_others_keep() -> None:
+    shape = cache_shape("random:tiny-llama", 32)
+    size = {"prompt_tokens": 1024, "new_tokens": 1024}
+    pages = pool_pages(shape, 4 * 2048)
+    assert most_at_once(shape, pages, **size, compression={"policy": "none"}) == 4
+    assert most_at_once(shape, pages - 1, **size, compression={"policy": "none"}) == 3
+    # 256 slots and a page of slack, rounded up over three layers: 29 pages a request, and 96 while it is read.
+    tight = {"policy": "d2o", "budget_tokens": 256}
+    assert most_at_once(shape, 96 + 5 * 29, **size, compression=tight) == 6
+    assert most_at_once(shape, 96 + 5 * 29 - 1, **size, compression=tight) == 5
+    assert most_at_once(shape, 95, **size, compression=tight) == 0
+
+
+def test_equal_pool_fills_the_pool_and_compares_with_the_full_cache(tmp_path: Path) -> None:
+    cells = ("1024+8192:none", "1024+8192:d2o", "512+256:tight")
+    size = ("--shrink", "32", "--page-size", "4", "--pool-tokens", "60000")
+    equal_pool.main([*TINY, *ON_CPU, *size, "--cells", *cells, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "equal_pool.json").read_text())
+    assert result["settings"]["pool_full_cache_tokens"] == 60000 // 32 // 4 * 4 + 4 * (60000 // 32 % 4 > 0)
+    grown, ample = result["workloads"]
+    assert (grown["prompt_tokens"], grown["new_tokens"]) == (32, 256)
+    none, d2o = grown["runs"]
+    assert none["requests"] == none["at_once"] == int(grown["full_caches_in_pool"]) == 6
+    assert d2o["requests"] > 6 * none["requests"]
+    rates = [run["counted_tokens_per_second"] for run in (none, d2o)]
+    assert rates == [run["output_tokens_per_second"] for run in (none, d2o)]
+    assert grown["over_none"]["d2o"] == pytest.approx(rates[1] / rates[0])
+    (tight,) = ample["runs"]
+    assert (tight["requests"], ample["over_none"]) == (64, {})
+
+
+def test_equal_pool_counts_what_its_workload_says() -> None:
+    prompts_in = equal_pool.WORKLOADS["32768+512"]
+    assert prompts_in.counted == "prompts in"
+    assert {workload.counted for workload in equal_pool.WORKLOADS.values()} == {"prompts in", "whole run"}
+    assert prompts_in.shrunk(8).policies["d2o"] == {"policy": "d2o", "ratio": 0.2, "min_budget": 128}
+
+
+def test_a_cell_that_there_is_not_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"cells: got 1\+1:none, allowed are 32768\+512:none, "):
+        equal_pool.main([*TINY, "--cells", "1+1:none"])
+
+
+def test_streams_are_measured_and_drawn_under_both_policies(tmp_path: Path) -> None:
+    size = ("--streams", "1", "4", "--prompt-tokens", "100", "--new-tokens", "40")
+    concurrency_gpu.main([*TINY, *ON_CPU, *size, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "concurrency_gpu.json").read_text())
+    assert [line["policy"] for line in result["policies"]] == ["none", "d2o"]
+    for line in result["policies"]:
+        assert [run["requests"] for run in line["runs"]] == [1, 4]
+        for run in line["runs"]:
+            assert run["prompts_in"]["output_tokens_per_second"] > 0
+    assert (tmp_path / "concurrency_gpu.png").read_bytes().startswith(b"\x89PNG")
