@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._gpu import GpuFacts, time_graph
+from benchmarks._gpu import time_graph
 from d2o.kernels.decode import (
     DecodeConfig,
+    DecodeGrid,
     DecodePlan,
     DecodeWorkspace,
     decode_attention,
-    decode_items,
     plan_decode,
 )
 from d2o.kernels.paged import PagedTensors
@@ -86,20 +86,21 @@ class Batch:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, PagedTensors, Tensor, Tensor, Tensor]:
         return self.q, self.k_new, self.v_new, self.pool, self.table, self.rows, self.positions
 
-    def workspace(self, items: int) -> DecodeWorkspace:
+    def workspace(self) -> DecodeWorkspace:
         heads = self.heads
         return DecodeWorkspace.allocate(
+            self.grid(),
             batch=len(self.shape.lengths),
-            items=items,
             heads=heads.kv_heads * heads.group,
             kv_heads=heads.kv_heads,
             head_dim=heads.head_dim,
             slots=sum(self.shape.lengths),
+            longest=max(self.shape.lengths),
             device="cuda",
         )
 
-    def items(self) -> int:
-        return decode_items(len(self.shape.lengths), self.heads.kv_heads, GpuFacts.read().processors)
+    def grid(self) -> DecodeGrid:
+        return DecodeGrid.of(len(self.shape.lengths), self.heads.kv_heads, torch.device("cuda"))
 
     def rule(self, **changed: Any) -> dict[str, Any]:
         return {"scale": self.heads.head_dim**-0.5, "window": None, "softcap": None} | changed
@@ -109,8 +110,8 @@ class Batch:
 
     def time(self, mode: dict[str, bool], config: DecodeConfig | None = None) -> float:
         """Milliseconds of one layer's attention."""
-        plan = plan_decode(self.lengths, items=self.items())
-        workspace, rule = self.workspace(plan.items), self.rule(**mode)
+        plan = plan_decode(self.lengths, self.grid())
+        workspace, rule = self.workspace(), self.rule(**mode)
 
         def attend(layer: int) -> Tensor:
             return decode_attention(*self.inputs, plan, layer, workspace=workspace, config=config, **rule)
@@ -120,8 +121,8 @@ class Batch:
     def time_plan(self) -> float:
         """Milliseconds to plan a step of 32 layers."""
         lengths = self.lengths[:1].repeat(32, 1)
-        plan = DecodePlan.empty(lengths, self.items())
-        return time_graph([lambda: plan_decode(lengths, items=plan.items, out=plan)] * 8)
+        plan = DecodePlan.empty(lengths, self.grid())
+        return time_graph([lambda: plan_decode(lengths, plan.grid, out=plan)] * 8)
 
     def necessary_bytes(self, mode: dict[str, bool]) -> int:
         extra = self.heads.kv_heads * (8 * mode["score"] + 4 * mode["bias"])
@@ -133,8 +134,8 @@ def check(heads: Heads, page_size: int = 32, changes: dict[str, Any] | None = No
     batch = Batch(Shape("check", (5000, 1, 700, 64, 31), page_size), heads, layers=2)
     rule = batch.rule(score=True, bias=True, **rule)
     batch.pool.score.uniform_()
-    plan = plan_decode(batch.lengths, items=batch.items())
-    workspace = batch.workspace(plan.items)
+    plan = plan_decode(batch.lengths, batch.grid())
+    workspace = batch.workspace()
     for scratch in (workspace.partial, workspace.peak, workspace.total, workspace.stash, workspace.stash_peak):
         scratch.fill_(float("nan"))
     expected, after = twin(batch, rule)
@@ -162,8 +163,8 @@ def compare(
     error = float((out.float() - expected).norm() / expected.norm())
     if not error < (1e-5 if exact else 1e-2):
         raise AssertionError(f"{batch.heads}: relative error {error}")
-    if int(workspace.arrivals.abs().max()):
-        raise AssertionError("counters of arrivals are not 0 again")
+    if int(workspace.arrivals.abs().max()) or int(workspace.turns.abs().max()):
+        raise AssertionError("counters of arrivals or turns are not 0 again")
     return {"output_relative_norm": error, "score_largest": float((pool.score - after.score).abs().max())}
 
 
@@ -171,12 +172,12 @@ def check_replays(changes: dict[str, Any], rounds: int = 3) -> dict[str, float]:
     """One captured step, replayed at changing lengths; the worst differences to the twin."""
     longest = max(max(lengths) for lengths in REPLAYS)
     batch = Batch(Shape("replays", (longest,) * len(REPLAYS[0])), Heads(), layers=2)
-    rule, items = batch.rule(score=True, bias=True), batch.items()
-    workspace, plan = batch.workspace(items), DecodePlan.empty(batch.lengths, items)
+    rule, grid = batch.rule(score=True, bias=True), batch.grid()
+    workspace, plan = batch.workspace(), DecodePlan.empty(batch.lengths, grid)
     config = batch.config(**changes)
 
     def step() -> Tensor:
-        plan_decode(batch.lengths, items=items, out=plan)
+        plan_decode(batch.lengths, grid, out=plan)
         return decode_attention(*batch.inputs, plan, 1, workspace=workspace, config=config, **rule)
 
     step()

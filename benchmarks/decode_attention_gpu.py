@@ -29,6 +29,8 @@ SHAPES = (
     Shape("256 x 2048", (2048,) * 256, target=0.90),
     Shape("8 x 32768", (32768,) * 8, target=0.85),
     Shape("32 x 512 and 32 x 32768", (512,) * 32 + (32768,) * 32),
+    Shape("128 x 6592", (6592,) * 128),
+    Shape("200 x 1024", (1024,) * 200),
     Shape("512 x 1024", (1024,) * 512),
     Shape("64 x 512", (512,) * 64),
     Shape("1 x 32768", (32768,)),
@@ -39,17 +41,15 @@ MODES: dict[str, dict[str, bool]] = {
     "scores": {"score": True, "bias": False},
     "scores, biases": {"score": True, "bias": True},
 }
-# Changes to DecodeConfig; ``page_size`` changes the pool. Launches that overlap come last: should a device refuse them,
-# all else is measured.
-SWEEP: tuple[dict[str, int | bool], ...] = (
-    {"apart": False},
-    {"apart": False, "warps": 4, "score_slots": 1024},
-    {"apart": True},
-    {"apart": True, "warps": 4, "score_slots": 1024},
-    {"page_size": 64, "apart": False},
-    {"page_size": 64, "apart": True},
-    {"apart": True, "linked": True},
-    {"page_size": 64, "apart": True, "linked": True},
+# Changes to DecodeConfig; ``page_size`` changes the pool.
+SWEEP: tuple[dict[str, int], ...] = (
+    {},
+    {"score_slots": 256},
+    {"score_slots": 1024},
+    {"warps": 4, "score_slots": 1024},
+    {"stages": 4},
+    {"page_size": 64},
+    {"page_size": 64, "score_slots": 1024},
 )
 CHECKS: tuple[tuple[Heads, dict[str, Any]], ...] = (
     (Heads(), {}),
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         facts = {"heads": str(heads), "rule": rule} | check(heads, **rule)
         checks.append(facts)
         print(facts, flush=True)
-    replays = [check_replays({"apart": apart}) for apart in (False, True)]
+    replays = check_replays({})
     print("replays", replays, flush=True)
     ceilings = Ceilings.measure()
     print(ceilings, flush=True)

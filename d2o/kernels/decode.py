@@ -3,9 +3,9 @@
 A program takes one work item (:mod:`d2o.kernels.decode_plan`) of one KV head, all query heads of its group at once, and
 leaves its unnormalised output, peak and sum. The program that finishes a sequence last combines its items
 (flash-decoding's log-sum-exp rule). With scores, programs also stash each slot's probability relative to the running
-peak; once the normaliser is known these are added to the slots' scores, while they are still in the L2 cache: by the
-programs that arrive last, while other sequences' keys stream, or by a second launch, where sequences are too few for
-that to stay hidden.
+peak; once the sequence's normaliser is known these are added to the slots' scores (:mod:`d2o.kernels.decode_finish`).
+The stash is a ring small enough to stay in the L2 cache: written to memory and read back, the same bytes cost three
+times as much.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from d2o.kernels.decode_kernels import attend_kernel
-from d2o.kernels.decode_plan import SHARE_SLOTS, DecodePlan, DecodeWorkspace, decode_items, plan_decode
-from d2o.kernels.decode_scores import score_kernel
+from d2o.kernels.decode_plan import SHARE_SLOTS, DecodeGrid, DecodePlan, DecodeWorkspace, plan_decode
 from d2o.kernels.paged import PagedTensors
 
-__all__ = ["DecodeConfig", "DecodePlan", "DecodeWorkspace", "decode_attention", "decode_items", "plan_decode"]
+__all__ = ["DecodeConfig", "DecodeGrid", "DecodePlan", "DecodeWorkspace", "decode_attention", "plan_decode"]
 
 _LOG2_E = math.log2(math.e)
 _TILE_BYTES = 1 << 14
 # Values a warp holds of the items' outputs that it combines at once.
 _COMBINED = 2048
-_SCORE_WARPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +38,13 @@ class DecodeConfig:
         block: slots a loop step; a power of two from 16 to ``SHARE_SLOTS``, and no more than a page's.
         stages: depth of the loop's pipeline; keys and values of ``stages - 1`` steps lie in shared memory.
         warps: of a program.
-        waiting: programs that surely fit a processor at once: so many a processor, at the end of the launch, wait for
-            their sequence to score their own slots; 0 leaves all scores to the program that arrives last.
         score_slots: slots a step when scores are added.
-        apart: add the scores in a second launch; None is where sequences are few, so that little would stream while the
-            last programs to arrive add them.
-        linked: begin the second launch before the first one ends, where the device can.
     """
 
     block: int
     stages: int = 3
     warps: int = 2
-    waiting: int = 2
     score_slots: int = 512
-    apart: bool | None = None
-    linked: bool = False
 
     @classmethod
     def choose(cls, head_dim: int, dtype: torch.dtype, page_size: int) -> DecodeConfig:
@@ -64,10 +54,6 @@ class DecodeConfig:
         # Float32 has no tensor cores here: its products need the threads and the registers.
         warps = 4 if dtype == torch.float32 else 2
         return cls(block, stages=4 if 2 * block * slot_bytes <= _TILE_BYTES else 3, warps=warps)
-
-    def scores_apart(self, programs: int, device: torch.device) -> bool:
-        """Whether scores are added by a second launch, where ``programs`` (sequences times KV heads) would add them."""
-        return programs < 2 * processors(device) if self.apart is None else self.apart
 
 
 def decode_attention(
@@ -117,8 +103,10 @@ def decode_attention(
     Raises:
         ValueError: the workspace has no room for the plan's items, or none for scores; or a tile is larger than a page.
     """
-    if plan.items > workspace.partial.shape[0]:
-        raise ValueError(f"plan: got {plan.items} items, allowed are the workspace's {workspace.partial.shape[0]}")
+    grid = plan.grid
+    for name, wanted, room in (("items", grid.items, workspace.partial), ("chunks", grid.chunks, workspace.stash)):
+        if wanted > len(room):
+            raise ValueError(f"plan: got {wanted} {name}, allowed are the workspace's {len(room)}")
     if score and not workspace.stash.numel():
         raise ValueError("score: the workspace was made without room for scores; allocate it with slots above 0")
     batch, heads, head_dim = q.shape
@@ -128,14 +116,7 @@ def decode_attention(
         raise ValueError(f"block: got {chosen.block} slots, allowed are a page's {pool.page_size}")
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     lanes, dim_pad = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
-    apart = score and chosen.scores_apart(batch * kv_heads, q.device)
-    linked = apart and chosen.linked and can_link(q.device)
-    room = workspace.stash.shape[1] // lanes
-    split = (plan.lengths, plan.share, plan.first, plan.base, plan.owner, layer, batch, plan.items)
-    tables = (block_table, rows, *block_table.shape[1:])
-    shape = {"KV_HEADS": kv_heads, "GROUP": group, "PAGE": pool.page_size, "BLOCK": chosen.block, "LANES": lanes}
-    shape |= {"TILES": max(1, chosen.score_slots // chosen.block), "LINKED": linked}
-    attend_kernel[kv_heads, plan.items](
+    attend_kernel[kv_heads, grid.items](
         out,
         q,
         k_new,
@@ -144,44 +125,33 @@ def decode_attention(
         *(_described(each, [chosen.block, dim_pad]) for each in (pool.k, pool.v)),
         *(pool.k, pool.v, pool.score, pool.position, pool.bias),
         positions,
-        *tables,
-        *split,
+        *(block_table, rows, *block_table.shape[1:]),
+        *(plan.lengths, plan.share, plan.first, plan.owner, layer, batch, grid.items),
         *(workspace.partial, workspace.peak, workspace.total, workspace.stash, workspace.stash_peak),
-        workspace.arrivals,
-        room,
-        chosen.waiting * processors(q.device) // kv_heads,
+        *(workspace.turns, workspace.arrivals, grid.chunks, workspace.stash.shape[-1] // lanes),
         float(scale if softcap is not None else scale * _LOG2_E),
         float(softcap or 0.0),
         window or 0,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        PAGE=pool.page_size,
         DIM=head_dim,
         DIM_PAD=dim_pad,
+        BLOCK=chosen.block,
         ROWS=max(8, lanes),
+        LANES=lanes,
         STASH=score,
-        SCORE=score and not apart,
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
         BIAS=bias,
         RESET=reset,
+        TILES=max(1, chosen.score_slots // chosen.block),
         SPLITS=max(1, _COMBINED * chosen.warps // (lanes * dim_pad)),
-        **shape,
+        TOGETHER=grid.together,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
-    if apart:
-        scratch = (workspace.peak, workspace.total, workspace.stash, workspace.stash_peak, room)
-        launch = {"num_warps": _SCORE_WARPS} | ({"launch_pdl": True} if linked else {})
-        score_kernel[kv_heads, plan.items](pool.score, *tables, *split, *scratch, **shape, **launch)
     return out
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 elsewhere."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def can_link(device: torch.device) -> bool:
-    """Whether a launch may begin while the one it depends on runs (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _described(values: Tensor, tile: list[int]) -> TensorDescriptor:

@@ -10,13 +10,12 @@ import math
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
-from d2o.kernels.decode_finish import finish
+from d2o.kernels.decode_finish import finish, take_turn
 from d2o.kernels.decode_scores import STASH_SCALE, UNIT
 
 _LOG2E = tl.constexpr(math.log2(math.e))
-_COUNTS = ["layer", "batch", "items", "table_rows", "table_columns", "room", "waiting"]
+_COUNTS = ["layer", "batch", "items", "table_rows", "table_columns", "chunks", "chunk_slots"]
 # Where these begin is the caller's business: a kernel for each alignment would only be compiled in mid-service.
 _CALLERS = ["q", "k_new", "v_new", "positions", "rows"]
 _STRIDES = ["q_batch", "q_head", "k_batch", "k_head", "v_batch", "v_head", "window"]
@@ -177,7 +176,6 @@ def attend_kernel(
     lengths: tl.tensor,
     share: tl.tensor,
     first: tl.tensor,
-    base: tl.tensor,
     owner: tl.tensor,
     layer: tl.tensor,
     batch: tl.tensor,
@@ -187,9 +185,10 @@ def attend_kernel(
     total: tl.tensor,
     stash: tl.tensor,
     stash_peak: tl.tensor,
+    turns: tl.tensor,
     arrivals: tl.tensor,
-    room: tl.tensor,
-    waiting: tl.tensor,
+    chunks: tl.tensor,
+    chunk_slots: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     window: tl.tensor,
@@ -201,7 +200,6 @@ def attend_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
-    SCORE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
@@ -209,20 +207,18 @@ def attend_kernel(
     STASH: tl.constexpr,
     TILES: tl.constexpr,
     SPLITS: tl.constexpr,
-    LINKED: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ) -> None:
     """Program (KV head, item): whole tiles first, then the one with the new token, then what its sequence still needs.
 
     A tile lies in one page, whose id is loaded a step ahead: no key's address waits for memory.
     """
-    if LINKED:
-        gdc_launch_dependents()
     head, item = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(owner + layer * items + item)
     if sequence < 0:
         return
     at = layer * batch + sequence
-    length, origin = tl.load(lengths + at), tl.load(base + at)
+    length = tl.load(lengths + at)
     size = tl.multiple_of(tl.load(share + at), UNIT)
     begin = tl.multiple_of((item - tl.load(first + at + layer)) * size, UNIT)
     end = tl.minimum(begin + size, length)
@@ -237,14 +233,18 @@ def attend_kernel(
     added = tl.zeros([BLOCK, ROWS], tl.float32)
     result = tl.zeros([DIM_PAD, ROWS], tl.float32)
     live = column >= 0
-    drawer = tl.multiple_of(head.to(tl.int64) * room + origin, UNIT)
+    chunk = (item % chunks) * KV_HEADS + head
+    shift = tl.multiple_of(chunk.to(tl.int64) * chunk_slots, UNIT) - begin
+    full = begin + chunk_slots
+    if STASH and TOGETHER:
+        take_turn(turns + chunk, item, chunks)
     oldest = current - window + 1
     whole = tl.where(end == length, (length - 1) // BLOCK * BLOCK, end)
     for start in range(begin, whole, BLOCK):
         place = (page * KV_HEADS + head) * PAGE + start % PAGE
         most, added, result = _step(
             query, most, added, result, k, v, described_k, described_v, bias, position, stash, stash_peak,
-            place, live, oldest, drawer + start, origin + start < room, scale, softcap,
+            place, live, oldest, shift + start, start < full, scale, softcap,
             GROUP, DIM, DIM_PAD, BLOCK, ROWS, LANES, STASH, WINDOW, SOFTCAP, BIAS, True,
         )  # fmt: skip
         page = tl.load(pages + tl.minimum(start + BLOCK, length - 1) // PAGE)
@@ -256,7 +256,7 @@ def attend_kernel(
         _append(new_key, new_value, k, v, score, position, bias, newest, current, DIM, DIM_PAD, RESET)
         most, added, result = _step(
             query, most, added, result, k, v, described_k, described_v, bias, position, stash, stash_peak,
-            place, whole + column < length, oldest, drawer + whole, origin + whole < room, scale, softcap,
+            place, whole + column < length, oldest, shift + whole, whole < full, scale, softcap,
             GROUP, DIM, DIM_PAD, BLOCK, ROWS, LANES, STASH, WINDOW, SOFTCAP, BIAS, False,
         )  # fmt: skip
     index = (item * KV_HEADS + head) * GROUP + row
@@ -273,7 +273,7 @@ def attend_kernel(
         tl.store(partial + index[None, :] * DIM + dim[:, None], result, mask=wanted)
     used = tl.load(first + layer * (batch + 1) + batch)
     finish(
-        out, score, pages, partial, peak, total, stash, stash_peak, arrivals + sequence * KV_HEADS + head,
-        head, sequence, item, low, high, used - waiting, begin, end, length, size, drawer, origin, room,
-        KV_HEADS, GROUP, PAGE, DIM, DIM_PAD, BLOCK, LANES, SCORE, TILES, SPLITS,
+        out, score, pages, partial, peak, total, stash, stash_peak, turns + chunk,
+        arrivals + sequence * KV_HEADS + head, head, sequence, item, low, high, used, length, size, chunks, chunk_slots,
+        KV_HEADS, GROUP, PAGE, DIM, DIM_PAD, BLOCK, LANES, STASH, TOGETHER, TILES, SPLITS,
     )  # fmt: skip

@@ -21,64 +21,95 @@ SHARE_SLOTS = 128
 WORTH_SLOTS = 512
 """Slots worth a program of their own, unless even such items leave processors without work."""
 
-_PROGRAMS_PER_PROCESSOR = 2
-_WAVES = 8
+_WAVES = 4
+# Of the attention kernel: those that surely run at once on a processor, and more than ever do.
+_SURELY_AT_ONCE, _AT_ONCE = 2, 5
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGrid:
+    """How many programs a batch size is given on a device, and how their scores are added.
+
+    Attributes:
+        items: work items of the launch, the same for all lengths.
+        parts: most items of one sequence.
+        chunks: items whose probabilities are stashed at once; a later item reuses the place of one that is done with.
+        together: whether all items of a sequence surely run at once, so that each can wait for the others and add its
+            own scores; else the one that arrives last adds them all, and ``chunks`` must be ``items``.
+    """
+
+    items: int
+    parts: int
+    chunks: int
+    together: bool
+
+    @classmethod
+    def of(cls, batch: int, kv_heads: int, device: torch.device) -> DecodeGrid:
+        """About ``_WAVES`` rounds of programs on a GPU, and one for each sequence; anything goes elsewhere."""
+        if device.type != "cuda":
+            return cls.alone(batch + _WAVES)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        parts = _SURELY_AT_ONCE * processors // kv_heads
+        items = batch + -(-_WAVES * _SURELY_AT_ONCE * processors // kv_heads)
+        return cls(items, parts, _AT_ONCE * processors // kv_heads, together=True) if parts else cls.alone(items)
+
+    @classmethod
+    def alone(cls, items: int) -> DecodeGrid:
+        """Of programs that may run one after another."""
+        return cls(items, items, items, together=False)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """The work items of one decode step, for all layers. Shapes depend on layers, batch and items only.
+    """The work items of one decode step, for all layers. Shapes depend on layers, batch and grid only.
 
     Attributes:
+        grid: the items that there are.
         lengths: [layers, batch] int32, slots of each sequence, the new token's included; at least 1.
         share: [layers, batch] int32, slots of each of the sequence's items but the last, which may have fewer.
         first: [layers, batch + 1] int32, first item of each sequence; the last entry is the number of items.
-        base: [layers, batch] int32, the sequence's first slot in :class:`DecodeWorkspace`'s stash.
         owner: [layers, items] int32, the sequence of each item, -1 past the end.
     """
 
+    grid: DecodeGrid
     lengths: Tensor
     share: Tensor
     first: Tensor
-    base: Tensor
     owner: Tensor
 
     @classmethod
-    def empty(cls, lengths: Tensor, items: int) -> DecodePlan:
+    def empty(cls, lengths: Tensor, grid: DecodeGrid) -> DecodePlan:
         """A plan around ``lengths`` [layers, batch], to be filled by :func:`plan_decode`."""
         layers, batch = lengths.shape
         return cls(
+            grid,
             lengths,
             torch.empty_like(lengths),
             lengths.new_empty(layers, batch + 1),
-            torch.empty_like(lengths),
-            lengths.new_empty(layers, items),
+            lengths.new_empty(layers, grid.items),
         )
 
     @property
     def batch(self) -> int:
         return self.lengths.shape[1]
 
-    @property
-    def items(self) -> int:
-        return self.owner.shape[1]
-
 
 @dataclass(frozen=True, slots=True)
 class DecodeWorkspace:
     """Scratch of :func:`d2o.kernels.decode.decode_attention`; one serves all layers, one after another.
 
-    The stash holds each slot's unnormalised probability by query head until all items of its sequence are done. It is
-    sized for one layer's largest total, not for the pool: ``slots + batch * SHARE_SLOTS`` slots. Slots beyond that get
-    no score (and nothing is overwritten): the caller sizes it for what it admits.
+    The stash holds the unnormalised probability by query head of an item's slots until the item's sequence is done,
+    and is small enough to stay in the L2 cache. A chunk holds any item of the ``slots`` and ``longest`` that it was
+    allocated for; slots beyond that get no score, and nothing is overwritten.
 
     Attributes:
         partial: [items, kv_heads, group, head_dim] float32, each item's unnormalised output.
         peak, total: [items, kv_heads, group] float32, its largest logit (base 2) and its sum of exponentials.
-        stash: [kv_heads, stash_slots * lanes] float16, lanes being the group rounded up to a power of two; stash_peak:
-            [kv_heads, stash_slots * lanes / 16] float32, what each tile of the stash is relative to. Both are empty
-            without scores.
-        arrivals: [items, kv_heads] int32, how many of a sequence's items are done; all 0 between launches.
+        stash: [chunks, kv_heads, chunk_slots * lanes] float16, lanes being the group rounded up to a power of two;
+            stash_peak: [chunks, kv_heads, chunk_slots * lanes / 16] float32, what each tile of the stash is relative
+            to. Both are empty without scores.
+        turns: [chunks, kv_heads] int32, how many items have used a chunk; arrivals: [items, kv_heads] int32, how many
+            of a sequence's items are done. All 0 between launches.
     """
 
     partial: Tensor
@@ -86,66 +117,74 @@ class DecodeWorkspace:
     total: Tensor
     stash: Tensor
     stash_peak: Tensor
+    turns: Tensor
     arrivals: Tensor
 
     @classmethod
     def allocate(
-        cls, *, batch: int, items: int, heads: int, kv_heads: int, head_dim: int, slots: int, device: torch.device | str
+        cls,
+        grid: DecodeGrid,
+        *,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        slots: int,
+        longest: int,
+        device: torch.device | str,
     ) -> DecodeWorkspace:
-        """Scratch for batches up to ``batch`` and ``items``, and layers of up to ``slots`` slots in all sequences.
+        """Scratch for batches up to ``batch`` of layers of up to ``slots`` slots, ``longest`` of them of one sequence.
 
-        ``slots`` 0 is for a workspace that never serves scores.
+        ``grid`` is that of the largest batch. ``slots`` 0 is for a workspace that never serves scores.
         """
-        group = heads // kv_heads
+        items, chunks, group = grid.items, grid.chunks, heads // kv_heads
         lanes = triton.next_power_of_2(group)
-        padded = (-(-slots // SHARE_SLOTS) + batch) * SHARE_SLOTS if slots else 0
+        share = max(WORTH_SLOTS, -(-slots // (items - batch)), -(-longest // grid.parts))
+        room = -(-share // SHARE_SLOTS) * SHARE_SLOTS * lanes if slots else 0
         return cls(
             torch.empty(items, kv_heads, group, head_dim, dtype=torch.float32, device=device),
             torch.empty(items, kv_heads, group, dtype=torch.float32, device=device),
             torch.empty(items, kv_heads, group, dtype=torch.float32, device=device),
-            torch.empty(kv_heads, padded * lanes, dtype=torch.float16, device=device),
-            torch.empty(kv_heads, padded * lanes // 16, dtype=torch.float32, device=device),
+            torch.empty(chunks, kv_heads, room, dtype=torch.float16, device=device),
+            torch.empty(chunks, kv_heads, room // 16, dtype=torch.float32, device=device),
+            torch.zeros(chunks, kv_heads, dtype=torch.int32, device=device),
             torch.zeros(items, kv_heads, dtype=torch.int32, device=device),
         )
 
 
-def decode_items(batch: int, kv_heads: int, processors: int, *, waves: int = _WAVES) -> int:
-    """Work items of a batch size: about ``waves`` rounds of programs on ``processors``, and one for each sequence."""
-    return -(-waves * _PROGRAMS_PER_PROCESSOR * processors // kv_heads) + batch
-
-
-def plan_decode(lengths: Tensor, *, items: int, out: DecodePlan | None = None) -> DecodePlan:
+def plan_decode(lengths: Tensor, grid: DecodeGrid, *, out: DecodePlan | None = None) -> DecodePlan:
     """Shares out a step's slots; one launch for all layers, without waiting for the device.
 
     Args:
         lengths: [layers, batch] int32, contiguous.
-        items: grid size, more than batch: see :func:`decode_items`.
-        out: a plan of the same shapes to fill, made by ``DecodePlan.empty(lengths, items)`` around the same lengths.
+        grid: what there is to share among; more items than sequences.
+        out: a plan of the same shapes to fill, made by ``DecodePlan.empty(lengths, grid)`` around the same lengths.
 
     Raises:
-        ValueError: ``items`` leaves nothing to share out.
+        ValueError: the grid leaves nothing to share out.
     """
     layers, batch = lengths.shape
+    items = grid.items
     if items <= batch:
         raise ValueError(f"items: got {items}, allowed is more than the batch of {batch}")
-    plan = DecodePlan.empty(lengths, items) if out is None else out
+    plan = DecodePlan.empty(lengths, grid) if out is None else out
     padded = triton.next_power_of_2(batch)
     tile = max(1, min(64, 8192 // padded))
     _plan_kernel[layers, triton.cdiv(items, tile)](
-        lengths, plan.share, plan.first, plan.base, plan.owner, batch, items, SHARE_SLOTS, WORTH_SLOTS, padded, tile
+        lengths, plan.share, plan.first, plan.owner, batch, items, grid.parts, SHARE_SLOTS, WORTH_SLOTS, padded, tile
     )
     return plan
 
 
-@triton.jit(do_not_specialize=["batch", "items"], do_not_specialize_on_alignment=["lengths"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["batch", "items", "parts"], do_not_specialize_on_alignment=["lengths"])  # type: ignore[untyped-decorator]
 def _plan_kernel(
     lengths: tl.tensor,
     share: tl.tensor,
     first: tl.tensor,
-    base: tl.tensor,
     owner: tl.tensor,
     batch: tl.tensor,
     items: tl.tensor,
+    parts: tl.tensor,
     UNIT: tl.constexpr,
     WORTH: tl.constexpr,
     BATCH: tl.constexpr,
@@ -159,15 +198,13 @@ def _plan_kernel(
     slots = tl.sum(length, 0)
     limit = tl.maximum(tl.cdiv(slots, items - batch), tl.minimum(WORTH, tl.cdiv(4 * slots, items - batch)))
     limit = tl.maximum(tl.cdiv(limit, UNIT) * UNIT, UNIT)
-    even = tl.cdiv(length, tl.maximum(tl.cdiv(length, limit), 1))
+    even = tl.cdiv(length, tl.minimum(tl.maximum(tl.cdiv(length, limit), 1), parts))
     even = tl.maximum(tl.cdiv(even, UNIT) * UNIT, UNIT)
     stop = tl.cumsum(tl.cdiv(length, even), 0)
     item = tile * TILE + tl.arange(0, TILE)
     before = tl.sum(((stop[None, :] <= item[:, None]) & inside[None, :]).to(tl.int32), 1)
     tl.store(owner + layer * items + item, tl.where(before < batch, before, -1), mask=item < items)
     if tile == 0:
-        padded = tl.cdiv(length, UNIT) * UNIT
         tl.store(share + layer * batch + index, even, mask=inside)
-        tl.store(base + layer * batch + index, tl.cumsum(padded, 0) - padded, mask=inside)
         tl.store(first + layer * (batch + 1) + index + 1, stop, mask=inside)
         tl.store(first + layer * (batch + 1), 0)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from d2o.kernels.decode_plan import SHARE_SLOTS
 
 # Probabilities relative to a peak are at most 1: this much larger, they use float16's whole range.
 STASH_SCALE = tl.constexpr(32768.0)
-# Items, and sequences in the stash, begin at multiples of this: the compiler cannot see it in what it loads.
+# Items and chunks of the stash begin at multiples of this: the compiler cannot see it in what it loads.
 UNIT = tl.constexpr(SHARE_SLOTS)
 _LOOK = tl.constexpr(64)
 
@@ -57,23 +56,24 @@ def fetch(
     head: tl.tensor,
     corner: tl.tensor,
     live: tl.tensor,
-    drawer: tl.tensor,
+    shift: tl.tensor,
     KV_HEADS: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Loads the ``live`` [TILES] tiles that begin at the slots ``corner``.
+    """Loads the ``live`` [TILES] tiles that begin at the slots ``corner``, and ``shift`` further on in the stash.
 
     Returns where their scores lie and what they are, [TILES, BLOCK]; the stash [TILES, BLOCK * LANES]; and what it is
     relative to [TILES, LANES]. Lanes beyond the group are garbage.
     """
     row, column, cell = tl.arange(0, LANES), tl.arange(0, BLOCK), tl.arange(0, BLOCK * LANES)
     page = tl.load(pages + corner // PAGE, mask=live, other=0)
-    begin = drawer + corner
+    begin = shift + corner
     wanted = live[:, None]
     kept = stash + begin[:, None] * LANES + cell[None, :]
-    weight = tl.load(kept, mask=wanted, other=0.0, eviction_policy="evict_first")
+    # Its place is written again before long: it need never leave the cache.
+    weight = tl.load(kept, mask=wanted, other=0.0, eviction_policy="evict_last")
     levels = stash_peak + (begin // BLOCK)[:, None] * LANES + row[None, :]
     level = tl.load(levels, mask=wanted, other=float("-inf"), cache_modifier=".cg")
     place = ((page.to(tl.int64) * KV_HEADS + head) * PAGE + corner % PAGE)[:, None] + column[None, :]
@@ -106,66 +106,3 @@ def add(
     gained = tl.sum(relative * factor[:, None, :], 2)
     slot = corner[:, None] + tl.arange(0, BLOCK)[None, :]
     tl.store(score + place, tl.where(slot < limit, before + gained, before), mask=live[:, None])
-
-
-@triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["layer", "batch", "items", "table_rows", "table_columns", "room"],
-    do_not_specialize_on_alignment=["rows"],
-)
-def score_kernel(
-    score: tl.tensor,
-    table: tl.tensor,
-    rows: tl.tensor,
-    table_rows: tl.tensor,
-    table_columns: tl.tensor,
-    lengths: tl.tensor,
-    share: tl.tensor,
-    first: tl.tensor,
-    base: tl.tensor,
-    owner: tl.tensor,
-    layer: tl.tensor,
-    batch: tl.tensor,
-    items: tl.tensor,
-    peak: tl.tensor,
-    total: tl.tensor,
-    stash: tl.tensor,
-    stash_peak: tl.tensor,
-    room: tl.tensor,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    TILES: tl.constexpr,
-    LINKED: tl.constexpr,
-) -> None:
-    """Program (KV head, item): the scores of one item's slots, when all items have attended. A step is loaded ahead."""
-    head, item = tl.program_id(0), tl.program_id(1)
-    sequence = tl.load(owner + layer * items + item)
-    if sequence < 0:
-        return
-    at = layer * batch + sequence
-    length, size, origin = tl.load(lengths + at), tl.load(share + at), tl.load(base + at)
-    low, high = tl.load(first + at + layer), tl.load(first + at + layer + 1)
-    pages = table + (layer.to(tl.int64) * table_rows + tl.load(rows + sequence)) * table_columns
-    begin = tl.multiple_of((item - low) * size, UNIT)
-    drawer = tl.multiple_of(head.to(tl.int64) * room + origin, UNIT)
-    # The stash may be smaller than the layer.
-    end = tl.minimum(tl.minimum(begin + size, length), room - origin)
-    if LINKED:
-        gdc_wait()
-    corner = begin + tl.arange(0, TILES) * BLOCK
-    live = corner < end
-    place, before, weight, level = fetch(
-        score, pages, stash, stash_peak, head, corner, live, drawer, KV_HEADS, PAGE, BLOCK, LANES
-    )
-    most, inverse = normaliser(peak, total, head, low, high, KV_HEADS, GROUP, LANES)
-    for _ in range(begin, end, TILES * BLOCK):
-        ahead = corner + TILES * BLOCK
-        later = ahead < end
-        next_place, next_before, next_weight, next_level = fetch(
-            score, pages, stash, stash_peak, head, ahead, later, drawer, KV_HEADS, PAGE, BLOCK, LANES
-        )
-        add(score, place, before, weight, level, most, inverse, corner, live, end, GROUP, TILES, BLOCK, LANES)
-        corner, live, place, before = ahead, later, next_place, next_before
-        weight, level = next_weight, next_level

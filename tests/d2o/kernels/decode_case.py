@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2o.kernels.decode import DecodeConfig, DecodeWorkspace, decode_attention, plan_decode
+from d2o.kernels.decode import DecodeConfig, DecodeGrid, DecodeWorkspace, decode_attention, plan_decode
 from d2o.kernels.paged import PagedTensors
 from d2o.kernels.reference import decode as reference
 
@@ -71,14 +71,15 @@ class Case:
             pool.bias.clone(),
         )
 
-    def workspace(self, items: int) -> DecodeWorkspace:
+    def workspace(self, grid: DecodeGrid) -> DecodeWorkspace:
         made = DecodeWorkspace.allocate(
+            grid,
             batch=len(self.lengths[0]),
-            items=items,
             heads=self.kv_heads * self.group,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             slots=max(sum(each) for each in self.lengths),
+            longest=max(max(each) for each in self.lengths),
             device=DEVICE,
         )
         for scratch in (made.partial, made.peak, made.total, made.stash, made.stash_peak):
@@ -90,10 +91,10 @@ class Case:
         return {"scale": self.head_dim**-0.5} | plain | changed
 
     def run(
-        self, layer: int = 0, *, items: int | None = None, config: DecodeConfig | None = None, **rule: Any
+        self, layer: int = 0, *, grid: DecodeGrid | None = None, config: DecodeConfig | None = None, **rule: Any
     ) -> tuple[Tensor, PagedTensors]:
         pool = self.copy()
-        plan = plan_decode(self.counts, items=items or len(self.lengths[0]) + 4)
+        plan = plan_decode(self.counts, grid or DecodeGrid.alone(len(self.lengths[0]) + 4))
         out = decode_attention(
             self.q,
             self.k_new,
@@ -104,7 +105,7 @@ class Case:
             self.positions,
             plan,
             layer,
-            workspace=self.workspace(plan.items),
+            workspace=self.workspace(plan.grid),
             config=config,
             **self.rule(**rule),
         )
@@ -118,7 +119,7 @@ class Case:
         return reference.decode_attention(*new, pool, *tables, layer, **self.rule(**rule)), pool
 
     def check(self, layer: int = 0, **changed: Any) -> None:
-        launch = {name: changed.pop(name) for name in ("items", "config") if name in changed}
+        launch = {name: changed.pop(name) for name in ("grid", "config") if name in changed}
         out, pool = self.run(layer, **launch, **changed)
         expected, after = self.expect(layer, **changed)
         assert out.dtype == self.dtype

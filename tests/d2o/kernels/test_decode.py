@@ -11,10 +11,10 @@ from torch import Tensor
 
 from d2o.kernels.decode import (
     DecodeConfig,
+    DecodeGrid,
     DecodePlan,
     DecodeWorkspace,
     decode_attention,
-    decode_items,
     plan_decode,
 )
 from d2o.kernels.reference import decode as reference
@@ -62,45 +62,40 @@ def test_every_layer_uses_its_own_table_and_lengths() -> None:
 
 def test_a_long_sequence_beside_short_ones_is_split_over_many_items() -> None:
     case = Case(lengths=[[5, 1500, 128, 1]], kv_heads=1, group=2)
-    case.check(items=4 + 20, config=DecodeConfig(block=16))
-    case.check(items=4 + 1, config=DecodeConfig(block=32, score_slots=64))
-
-
-@pytest.mark.parametrize("waiting", [0, 1, 2])
-def test_who_adds_the_scores_makes_no_difference(waiting: int) -> None:
-    # The interpreter runs one program after another: only the last of a sequence may wait for the others.
-    config = DecodeConfig(block=32, waiting=waiting, score_slots=64, apart=False)
-    Case(lengths=[[90, 1100, 1]], kv_heads=waiting or 1, group=2).check(items=3 + 8, config=config)
-    Case(lengths=[[90, 1100]], kv_heads=1, group=2, head_dim=96).check(items=2 + 8, config=replace(config, waiting=1))
+    case.check(grid=DecodeGrid.alone(4 + 20), config=DecodeConfig(block=16))
+    case.check(grid=DecodeGrid.alone(4 + 1), config=DecodeConfig(block=32, score_slots=64))
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.parametrize("score_slots", [64, 1024])
-def test_scores_added_by_a_second_launch_are_the_same(score_slots: int, group: int) -> None:
-    config = DecodeConfig(block=16, score_slots=score_slots, apart=True)
-    Case(lengths=[[90, 1100, 1, 128, 257]], kv_heads=1, group=group).check(items=5 + 8, config=config)
+def test_however_many_slots_are_scored_at_once_the_scores_are_the_same(score_slots: int, group: int) -> None:
+    config = DecodeConfig(block=16, score_slots=score_slots)
+    Case(lengths=[[90, 1100, 1, 128, 257]], kv_heads=1, group=group).check(grid=DecodeGrid.alone(5 + 8), config=config)
 
 
-def test_few_sequences_take_the_second_launch() -> None:
-    config = DecodeConfig(block=32)
-    assert config.scores_apart(1, torch.device("cpu"))
-    assert not config.scores_apart(2, torch.device("cpu"))
-    assert replace(config, apart=True).scores_apart(2, torch.device("cpu"))
+@pytest.mark.parametrize("chunks", [1, 3, 8])
+def test_items_that_share_the_stash_take_turns(chunks: int) -> None:
+    # The interpreter runs one program after another: none may wait for a later one, so each sequence has one item.
+    grid = DecodeGrid(items=7 + 3, parts=1, chunks=chunks, together=True)
+    case = Case(lengths=[[90, 300, 1, 128, 257, 33, 64], [5, 64, 700, 2, 1, 130, 31]], head_dim=96, group=3)
+    case.check(0, grid=grid)
+    case.check(1, grid=grid, window=100)
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_tiles_that_the_window_hides_score_nothing_however_small_all_logits_are(*, apart: bool) -> None:
+def test_tiles_that_the_window_hides_score_nothing_however_small_all_logits_are() -> None:
     case = Case(lengths=[[200]], kv_heads=1, group=1)
     case.q = -40 * case.k_new
-    case.check(window=1, config=DecodeConfig(block=32, apart=apart))
+    case.check(window=1, config=DecodeConfig(block=32))
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_one_workspace_serves_layer_after_layer(*, apart: bool) -> None:
+@pytest.mark.parametrize(
+    "grid", [DecodeGrid.alone(2 + 9), DecodeGrid(items=2 + 9, parts=1, chunks=1, together=True)], ids=["last", "each"]
+)
+def test_one_workspace_serves_layer_after_layer(grid: DecodeGrid) -> None:
     case = Case(lengths=[[300, 900], [700, 5]])
-    plan = plan_decode(case.counts, items=2 + 9)
-    workspace, pool, expected = case.workspace(plan.items), case.copy(), case.copy()
-    rule = case.rule() | {"config": DecodeConfig(block=32, apart=apart)}
+    plan = plan_decode(case.counts, grid)
+    workspace, pool, expected = case.workspace(grid), case.copy(), case.copy()
+    rule = case.rule() | {"config": DecodeConfig(block=32)}
     for layer in (0, 1, 0):
         inputs = (case.q, case.k_new, case.v_new)
         out = decode_attention(
@@ -110,6 +105,8 @@ def test_one_workspace_serves_layer_after_layer(*, apart: bool) -> None:
         wanted = reference.decode_attention(*inputs, expected, *tables, layer, **case.rule())
         torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
         assert not workspace.arrivals.any()
+        assert not workspace.turns.any()
+        assert not workspace.turns.any()
     torch.testing.assert_close(pool.score, expected.score, rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
@@ -158,25 +155,39 @@ def test_padding_entries_may_share_a_row() -> None:
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+def small_workspace(items: int, slots: int) -> DecodeWorkspace:
+    return DecodeWorkspace.allocate(
+        DecodeGrid.alone(items),
+        batch=1,
+        heads=8,
+        kv_heads=2,
+        head_dim=64,
+        slots=slots,
+        longest=slots,
+        device=DEVICE,
+    )
+
+
 def test_a_workspace_that_is_too_small_is_refused() -> None:
     case = Case(lengths=[[40]])
-    plan = plan_decode(case.counts, items=4)
+    plan = plan_decode(case.counts, DecodeGrid.alone(4))
     inputs = (case.q, case.k_new, case.v_new, case.pool, case.table, case.rows, case.positions)
     with pytest.raises(ValueError, match="got 4 items, allowed are the workspace's 3"):
-        decode_attention(*inputs, plan, 0, workspace=case.workspace(3), **case.rule())
-    silent = DecodeWorkspace.allocate(batch=1, items=4, heads=8, kv_heads=2, head_dim=64, slots=0, device=DEVICE)
+        decode_attention(*inputs, plan, 0, workspace=small_workspace(3, 40), **case.rule())
+    narrow = replace(small_workspace(4, 40), stash=small_workspace(2, 40).stash)
+    with pytest.raises(ValueError, match="got 4 chunks, allowed are the workspace's 2"):
+        decode_attention(*inputs, plan, 0, workspace=narrow, **case.rule())
     with pytest.raises(ValueError, match="without room for scores"):
-        decode_attention(*inputs, plan, 0, workspace=silent, **case.rule())
+        decode_attention(*inputs, plan, 0, workspace=small_workspace(4, 0), **case.rule())
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_layer_larger_than_the_stash_writes_nothing_beyond_it(*, apart: bool) -> None:
-    case = Case(lengths=[[300, 200]])
-    plan = plan_decode(case.counts, items=6)
-    room = DecodeWorkspace.allocate(batch=1, items=6, heads=8, kv_heads=2, head_dim=64, slots=128, device=DEVICE)
+def test_an_item_larger_than_a_chunk_of_the_stash_writes_nothing_beyond_it() -> None:
+    case = Case(lengths=[[1500, 200]], kv_heads=2)
+    grid = replace(DecodeGrid.alone(6), parts=1)
+    plan, room = plan_decode(case.counts, grid), small_workspace(6, 100)
+    assert room.stash.shape == (6, 2, 512 * 4)
     inputs = (case.q, case.k_new, case.v_new, case.copy(), case.table, case.rows, case.positions)
-    config = DecodeConfig(block=32, apart=apart)
-    out = decode_attention(*inputs, plan, 0, workspace=room, config=config, **case.rule())
+    out = decode_attention(*inputs, plan, 0, workspace=room, **case.rule())
     torch.testing.assert_close(out, case.expect()[0], rtol=1e-5, atol=1e-5)
 
 
@@ -184,23 +195,34 @@ def test_a_layer_larger_than_the_stash_writes_nothing_beyond_it(*, apart: bool) 
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 3), (96, 8), (128, 4), (256, 1)])
 def test_real_lengths_on_the_gpu(dtype: torch.dtype, head_dim: int, group: int) -> None:
     case = Case(lengths=[[9000, 1, 4097, 512, 31]], kv_heads=8, group=group, head_dim=head_dim, dtype=dtype)
-    case.check(items=decode_items(5, 8, 132))
-    case.check(items=decode_items(5, 8, 132), window=3000, softcap=30.0)
+    grid = DecodeGrid.of(5, 8, torch.device("cuda"))
+    case.check(grid=grid)
+    case.check(grid=grid, window=3000, softcap=30.0)
 
 
-@pytest.mark.parametrize("changes", [pytest.param(c, marks=gpu) for c in ({"apart": False}, {"linked": True})])
-def test_a_captured_step_follows_the_lengths_that_its_tensors_hold(changes: dict[str, bool]) -> None:
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("lengths", [[1500 + 37 * n for n in range(160)], [20000, *range(1, 120)], [131072]])
+def test_programs_that_wait_for_one_another_all_end(lengths: list[int]) -> None:
+    case = Case(lengths=[lengths], kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    grid = DecodeGrid.of(len(lengths), 8, torch.device("cuda"))
+    case.check(grid=grid)
+    case.check(grid=replace(grid, chunks=grid.parts))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_captured_step_follows_the_lengths_that_its_tensors_hold() -> None:
     layer = 1
     case = Case(lengths=[[300, 40], [900, 2000]], kv_heads=8, head_dim=128, dtype=torch.bfloat16)
-    config = replace(DecodeConfig.choose(128, torch.bfloat16, 32), **changes)
-    items = decode_items(2, 8, 132)
-    workspace, pool = case.workspace(items), case.copy()
-    plan = DecodePlan.empty(case.counts.clone(), items)
+    grid = DecodeGrid.of(2, 8, torch.device("cuda"))
+    workspace, pool = case.workspace(grid), case.copy()
+    plan = DecodePlan.empty(case.counts.clone(), grid)
     inputs = (case.q, case.k_new, case.v_new, pool, case.table, case.rows, case.positions)
 
     def step() -> Tensor:
-        plan_decode(plan.lengths, items=items, out=plan)
-        return decode_attention(*inputs, plan, layer, workspace=workspace, config=config, **case.rule())
+        plan_decode(plan.lengths, grid, out=plan)
+        return decode_attention(*inputs, plan, layer, workspace=workspace, **case.rule())
 
     plan.lengths.fill_(1)
     step()
@@ -220,3 +242,4 @@ def test_a_captured_step_follows_the_lengths_that_its_tensors_hold(changes: dict
         assert (out.float() - expected).norm() < 1e-2 * expected.norm()
         torch.testing.assert_close(pool.score, after.score, rtol=1e-3, atol=1e-6, equal_nan=True)
         assert not workspace.arrivals.any()
+        assert not workspace.turns.any()

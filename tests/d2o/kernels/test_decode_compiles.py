@@ -12,12 +12,11 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from d2o.kernels.decode_kernels import attend_kernel
-from d2o.kernels.decode_scores import score_kernel
 
 TILE = "tensordesc<bf16[32,128]>"
 MODEL = dict.fromkeys("q k_new v_new k v out".split(), "*bf16") | {"described_k": TILE, "described_v": TILE}
 REAL = dict.fromkeys("score bias partial peak total stash_peak".split(), "*fp32")
-WHOLE = dict.fromkeys("position positions table rows lengths share first base owner arrivals".split(), "*i32")
+WHOLE = dict.fromkeys("position positions table rows lengths share first owner turns arrivals".split(), "*i32")
 TYPES = MODEL | REAL | WHOLE | {"stash": "*fp16", "scale": "fp32", "softcap": "fp32"}
 SHAPE = {"KV_HEADS": 8, "GROUP": 3, "PAGE": 32, "DIM": 96, "DIM_PAD": 128, "BLOCK": 32, "ROWS": 8, "LANES": 4}
 RULE = {"WINDOW": True, "SOFTCAP": True, "BIAS": True, "RESET": True}
@@ -32,13 +31,12 @@ def build(kernel, options, constants):
     source = triton.compiler.ASTSource(kernel, signature, values, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
-for apart in (False, True):
-    constants = SHAPE | RULE | LAUNCH | {"SCORE": not apart, "LINKED": apart}
+for together in (False, True):
+    constants = SHAPE | RULE | LAUNCH | {"TOGETHER": together}
     made = build(attend_kernel, {"num_warps": 2, "num_stages": 4}, constants)
     assert made.metadata.shared < 113 * 1024, "two programs no longer fit a processor"
-made = build(score_kernel, {"num_warps": 4, "launch_pdl": True}, constants)
-wide = re.findall("ld.global[^;]*v4|st.global[^;]*v4", made.asm["ptx"])
-assert len(wide) >= 6, "threads no longer move neighbouring slots at once"
+    wide = re.findall("ld.global[^;]*v4|st.global[^;]*v4", made.asm["ptx"])
+    assert len(wide) >= 6, "threads no longer move neighbouring slots at once"
 """
 
 

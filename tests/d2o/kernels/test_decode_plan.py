@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from d2o.kernels.decode import DecodePlan, decode_items, plan_decode
+from d2o.kernels.decode import DecodeGrid, DecodePlan, plan_decode
 from d2o.kernels.decode_plan import SHARE_SLOTS, WORTH_SLOTS
 from d2o.kernels.reference import decode as reference
 from tests.d2o.kernels.decode_case import DEVICE
 
 
+@pytest.mark.parametrize("parts", [3, 1000])
 @pytest.mark.parametrize(
     ("lengths", "target"),
     [([1], 1), ([6592] * 64, 264), ([512, 32768] * 20, 33), ([1, 2, 3], 50), ([129, 128, 127, 100000], 7)],
 )
-def test_the_plan_covers_every_slot_once_in_equal_shares(lengths: list[int], target: int) -> None:
+def test_the_plan_covers_every_slot_once_in_equal_shares(lengths: list[int], target: int, parts: int) -> None:
     layers = [lengths, lengths[::-1]]
     counts = torch.tensor(layers, dtype=torch.int32, device=DEVICE)
-    items = target + len(lengths)
-    plan = plan_decode(counts, items=items, out=DecodePlan.empty(counts, items))
+    grid = replace(DecodeGrid.alone(target + len(lengths)), parts=parts)
+    plan = plan_decode(counts, grid, out=DecodePlan.empty(counts, grid))
     for layer, each in enumerate(layers):
-        share = reference.plan_shares(each, target, SHARE_SLOTS, WORTH_SLOTS)
+        share = reference.plan_shares(each, target, parts, SHARE_SLOTS, WORTH_SLOTS)
         assert plan.share[layer].tolist() == share
-        parts = [-(-length // size) for length, size in zip(each, share, strict=True)]
-        owners = [sequence for sequence, count in enumerate(parts) for _ in range(count)]
-        assert len(owners) <= items
-        assert plan.owner[layer].tolist() == owners + [-1] * (items - len(owners))
-        assert plan.first[layer].tolist() == [sum(parts[:n]) for n in range(len(parts) + 1)]
-        padded = [-(-length // SHARE_SLOTS) * SHARE_SLOTS for length in each]
-        assert plan.base[layer].tolist() == [sum(padded[:n]) for n in range(len(padded))]
+        items = [-(-length // size) for length, size in zip(each, share, strict=True)]
+        assert max(items) <= parts
+        owners = [sequence for sequence, count in enumerate(items) for _ in range(count)]
+        assert len(owners) <= grid.items
+        assert plan.owner[layer].tolist() == owners + [-1] * (grid.items - len(owners))
+        assert plan.first[layer].tolist() == [sum(items[:n]) for n in range(len(items) + 1)]
 
 
 def test_the_plan_needs_more_items_than_sequences() -> None:
     with pytest.raises(ValueError, match="items: got 2, allowed is more than the batch of 2"):
-        plan_decode(torch.ones(1, 2, dtype=torch.int32, device=DEVICE), items=2)
+        plan_decode(torch.ones(1, 2, dtype=torch.int32, device=DEVICE), DecodeGrid.alone(2))
 
 
-def test_items_depend_on_the_batch_size_only() -> None:
-    assert decode_items(64, 8, 132) == 264 + 64
-    assert decode_items(1, 8, 132, waves=4) == 132 + 1
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 32, 300])
+def test_whoever_waits_can_be_waited_for(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    grid = DecodeGrid.of(64, kv_heads, torch.device("cuda"))
+    assert grid.items > 64
+    if grid.together:
+        assert grid.parts * kv_heads <= 2 * 132
+        # An item that reuses a chunk of its own sequence would wait for itself.
+        assert grid.parts <= grid.chunks
+    else:
+        assert grid.chunks == grid.items
+    assert not DecodeGrid.of(64, kv_heads, torch.device("cpu")).together

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2o.kernels.decode import DecodePlan, DecodeWorkspace, decode_items, plan_decode
+from d2o.kernels.decode import DecodeGrid, DecodePlan, DecodeWorkspace, plan_decode
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.device import upload
 from d2o_server.worker.gpu.model import Forward, Logits
@@ -117,8 +117,8 @@ class DecodeGraphs:
     def _run(self, size: int, scored: bool) -> Logits:
         """What is captured: everything from the newest tokens to the next ones."""
         rows, positions, lengths = self._inputs.views(size)
-        items = decode_items(size, self._ops.pool.kv_heads, processors(self._ops.pool.device))
-        plan = plan_decode(lengths, items=items, out=DecodePlan.empty(lengths, items))
+        grid = DecodeGrid.of(size, self._ops.pool.kv_heads, self._ops.pool.device)
+        plan = plan_decode(lengths, grid, out=DecodePlan.empty(lengths, grid))
         part = DecodePart(rows, positions, plan, self._workspace, bias=scored, score=scored, scored=set())
         step = KernelStep(self._ops.paged, self._ops.table, part, None)
         keep = torch.arange(size, device=rows.device)
@@ -129,22 +129,18 @@ class DecodeGraphs:
         return result
 
 
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def workspace_for(ops: KernelCacheOps, query_heads: int, most: int) -> DecodeWorkspace:
     """Scratch for batches of up to ``most`` sequences whose slots may fill the pool."""
     pool = ops.pool
     # Layers have budgets of their own: one may hold more than its equal part of the pool.
     slots = min(2 * pool.num_pages * pool.page_size // pool.layers, pool.num_pages * pool.page_size)
     return DecodeWorkspace.allocate(
+        DecodeGrid.of(most, pool.kv_heads, pool.device),
         batch=most,
-        items=decode_items(most, pool.kv_heads, processors(pool.device)),
         heads=query_heads,
         kv_heads=pool.kv_heads,
         head_dim=pool.head_dim,
         slots=slots,
+        longest=min(slots, pool.block_table.shape[2] * pool.page_size),
         device=pool.device,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from d2o.kernels.decode import decode_items, plan_decode
+from d2o.kernels.decode import DecodeGrid, plan_decode
 from d2o_server.engine.scheduler import PrefillSlice, StepPlan
 from d2o_server.engine.sequence import Sequence
 from d2o_server.errors import ServerError
@@ -17,7 +17,7 @@ from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.device import Download, upload
 from d2o_server.worker.gpu.draws import draw_rows
-from d2o_server.worker.gpu.graphs import DecodeGraphs, processors, workspace_for
+from d2o_server.worker.gpu.graphs import DecodeGraphs, workspace_for
 from d2o_server.worker.gpu.model import Forward, Logits
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.prompts import Chunk, PrefillPart
@@ -151,8 +151,7 @@ class KernelRunner(Runner):
         unused = torch.ones(packed.shape[0], padding, dtype=torch.int64)
         unused[-2], unused[-1] = self._ops.padding_row, 0
         on_device = upload(torch.cat([packed, unused], 1).int(), pool.device)
-        items = decode_items(rows.numel() + padding, pool.kv_heads, processors(pool.device))
-        plans = plan_decode(on_device[:-2], items=items)
+        plans = plan_decode(on_device[:-2], DecodeGrid.of(rows.numel() + padding, pool.kv_heads, pool.device))
         keeps = self._keeps_scores(plan)
         return DecodePart(on_device[-2], on_device[-1], plans, self._workspace, bias=keeps, score=keeps, scored=scored)
 
