@@ -56,7 +56,18 @@ def server_process(*flags: str, environment: Mapping[str, str] | None = None) ->
     Raises:
         RuntimeError: it did not start.
     """
-    command = [sys.executable, "-m", "d2o_server", "--port", "0", "--metrics-port", "0", "--log-level", "WARNING", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "d2o_server",
+        "--port",
+        "0",
+        "--metrics-port",
+        "0",
+        "--log-level",
+        "WARNING",
+        *flags,
+    ]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=child_environment(environment or {})

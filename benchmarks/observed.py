@@ -216,8 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark, writes JSON and prints a table."""
     parser = _cli.parser(__doc__ or "")
     parser.add_argument("--streams", type=int, default=256, help="requests at once")
-    parser.add_argument("--tokens", type=int, default=200, help="of each request")
-    parser.add_argument("--step-seconds", type=float, default=0.0, help="0 is as fast as it goes")
+    parser.add_argument("--tokens", type=int, default=400, help="of each request")
+    parser.add_argument("--step-seconds", type=float, default=0.008, help="0 is as fast as it goes")
     parser.add_argument("--repeats", type=int, default=6, help="runs of each kind")
     parsed = parser.parse_args(arguments)
     runs = asyncio.run(run(parsed))

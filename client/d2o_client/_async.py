@@ -256,9 +256,17 @@ class AsyncClient:
         """The model, its limits and the server's defaults."""
         return model_info_value(await self._call(MODEL_INFO, MODEL_INFO.request(), timeout, metadata))
 
-    async def load(self, *, timeout: Timeout = USE_DEFAULT, metadata: Metadata = ()) -> Load:
-        """Cache pages and requests at this moment."""
-        return load_value(await self._call(LOAD, LOAD.request(), timeout, metadata))
+    async def load(
+        self,
+        *,
+        max_streams: int = 0,
+        with_layers: bool = False,
+        timeout: Timeout = USE_DEFAULT,
+        metadata: Metadata = (),
+    ) -> Load:
+        """Cache pages and requests at this moment; also the ``max_streams`` oldest requests, and each layer."""
+        request = LOAD.request(max_streams=max_streams, with_layers=with_layers)
+        return load_value(await self._call(LOAD, request, timeout, metadata))
 
     async def health(
         self, service: str = "", *, timeout: Timeout = USE_DEFAULT, metadata: Metadata = ()

@@ -100,7 +100,8 @@ class GenerationOptions(TypedDict, total=False):
 
     ``temperature`` 0 is greedy; ``top_k`` 0 keeps all; ``stop`` is one string or several, which end the text
     before they appear; ``logprobs`` is how many of the most probable tokens are reported beside the sampled one
-    (0 reports the sampled one alone); ``compression`` is a policy's name or a :class:`Compression`.
+    (0 reports the sampled one alone); ``compression`` is a policy's name or a :class:`Compression`. ``priority``, from
+    0 to 9, orders requests that wait for cache pages, the higher first.
     """
 
     max_new_tokens: int | None
@@ -119,6 +120,7 @@ class GenerationOptions(TypedDict, total=False):
     ignore_end_of_text: bool | None
     logprobs: int | None
     compression: Compression | Policy | str | None
+    priority: int | None
 
 
 def enum_member(field: str, given: str | None, kind: type[EnumT]) -> EnumT | None:

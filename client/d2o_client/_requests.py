@@ -30,13 +30,15 @@ def generation_fields(prompt: Prompt, options: GenerationOptions) -> dict[str, A
         TypeError: an option has no such name.
     """
     _check_names(options)
-    check_whole("logprobs", options.get("logprobs"), bits=32)
+    for name in ("logprobs", "priority"):
+        check_whole(name, options.get(name), bits=32)
     return {
         "prompt": prompt_message(prompt),
         "sampling": _sampling_message(options),
         "stopping": _stopping_message(options),
         "compression": _compression_message(options.get("compression")),
         "logprobs": options.get("logprobs"),
+        "priority": options.get("priority"),
     }
 
 

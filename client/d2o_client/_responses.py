@@ -17,10 +17,13 @@ from d2o_client._types import (
     FinishReason,
     Generation,
     LayerCache,
+    LayerLoad,
     Load,
     ModelInfo,
     Sampling,
     Started,
+    StreamLoad,
+    StreamState,
     TokenLogprob,
     Tokens,
     TopLogprob,
@@ -105,6 +108,7 @@ def finished_value(message: pb.GenerationFinished) -> Finished:
             queue_seconds=message.usage.queue_seconds,
             first_token_seconds=message.usage.first_token_seconds,
             total_seconds=message.usage.total_seconds,
+            resumed=message.usage.resumed,
         ),
         cache=CacheFacts(
             layers=tuple(
@@ -143,7 +147,8 @@ def tokens_value(message: pb.TokenizeResponse) -> Tokens:
 
 _MODEL_COMPOSED = ("default_compression", "default_sampling", "end_of_text_ids")
 _MODEL_PLAIN = tuple(field.name for field in fields(ModelInfo) if field.name not in _MODEL_COMPOSED)
-_LOAD_PLAIN = tuple(field.name for field in fields(Load) if field.name != "workers")
+_LOAD_PLAIN = tuple(field.name for field in fields(Load) if field.name not in ("workers", "streams", "layers"))
+_STREAM_PLAIN = tuple(field.name for field in fields(StreamLoad) if field.name not in ("state", "policy"))
 
 
 def model_info_value(message: pb.GetModelInfoResponse) -> ModelInfo:
@@ -166,7 +171,21 @@ def load_value(message: pb.GetLoadResponse) -> Load:
             pages_total=worker.pages_total,
             pages_free=worker.pages_free,
             running=worker.running,
+            restarts=worker.restarts,
         )
         for worker in message.workers
     )
-    return Load(workers=workers, **{name: getattr(message, name) for name in _LOAD_PLAIN})
+    return Load(
+        workers=workers,
+        streams=tuple(map(_stream_load_value, message.streams)),
+        layers=tuple(LayerLoad(budget=layer.budget, slots=layer.slots) for layer in message.layers),
+        **{name: getattr(message, name) for name in _LOAD_PLAIN},
+    )
+
+
+def _stream_load_value(message: pb.StreamLoad) -> StreamLoad:
+    return StreamLoad(
+        state=_enum_value(pb.StreamState, "STREAM_STATE_", StreamState, message.state) or StreamState.UNKNOWN,
+        policy=_enum_value(pb.CompressionPolicy, "COMPRESSION_POLICY_", Policy, message.policy),
+        **{name: getattr(message, name) for name in _STREAM_PLAIN},
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from d2o_client._options import Compression
+from d2o_client._options import Compression, Policy
 
 
 class FinishReason(StrEnum):
@@ -72,13 +72,17 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens, and seconds since the request arrived at the server."""
+    """Tokens, and seconds since the request arrived at the server.
+
+    ``resumed``: how often a worker of the server died while it ran the request and another went on with it.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     queue_seconds: float
     first_token_seconds: float
     total_seconds: float
+    resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,11 +212,53 @@ class WorkerLoad:
     pages_total: int
     pages_free: int
     running: int
+    restarts: int = 0
+
+
+class StreamState(StrEnum):
+    """Where a request stands. ``UNKNOWN``: a newer server's state that this client has no name for."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamLoad:
+    """One request that has not ended; ``seconds`` since it was submitted.
+
+    ``reserved_pages`` and ``budget_per_layer`` are 0 until it is admitted; a budget of 0 is the full cache.
+    """
+
+    generation_id: str
+    worker: int
+    state: StreamState
+    prompt_tokens: int
+    completion_tokens: int
+    max_new_tokens: int
+    reserved_pages: int
+    budget_per_layer: int
+    policy: Policy | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLoad:
+    """One layer over all running requests: slots in use, and the mean budget of compressed ones; 0: none is."""
+
+    budget: float
+    slots: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Pages and requests at one moment: used + reserved + free = total; reserved ones are promised, not filled."""
+    """Pages and requests at one moment: used + reserved + free = total; reserved ones are promised, not filled.
+
+    ``logical_tokens`` is what running requests have read and written, ``physical_tokens`` the slots that an average
+    layer holds of it. ``read_tokens`` (of admitted prompts) and ``generated_tokens`` count since the server's start.
+    ``streams`` and ``layers`` are empty unless they were asked for.
+    """
 
     pages_total: int
     pages_free: int
@@ -223,3 +269,9 @@ class Load:
     waiting_prompt_tokens: int
     draining: bool
     workers: tuple[WorkerLoad, ...] = ()
+    logical_tokens: int = 0
+    physical_tokens: float = 0.0
+    read_tokens: int = 0
+    generated_tokens: int = 0
+    streams: tuple[StreamLoad, ...] = ()
+    layers: tuple[LayerLoad, ...] = ()

@@ -1,4 +1,4 @@
-"""The command line ``d2o``: generate, chat, info and load against a running d2o-serve.
+"""The command line ``d2o``: generate, chat, info, load and top against a running d2o-serve.
 
 Exit codes: 0 done; 1 the server or the request failed; 2 the command line is wrong; 130 interrupted; 141 the reader
 of the output went away.

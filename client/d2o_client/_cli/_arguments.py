@@ -14,6 +14,7 @@ from d2o_client._sync import Client
 
 TARGET_VARIABLE = "D2O_TARGET"
 API_KEY_VARIABLE = "D2O_API_KEY"
+MOST_STREAMS = 1024
 # A person waits: give up sooner than a program would.
 RETRY = RetryPolicy(max_attempts=3)
 
@@ -28,6 +29,7 @@ _SAMPLING_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("presence_penalty", float, "subtracted once from the logits of tokens in the answer"),
     ("frequency_penalty", float, "subtracted as often as a token is in the answer"),
     ("seed", int, "the same seed gives the same answer"),
+    ("priority", int, "from 0 to 9: who waits for cache pages goes by it, the higher first"),
     ("logprobs", int, "report log probabilities of this many top tokens (with --json)"),
 )
 _COMPRESSION_FLAGS: tuple[tuple[str, type, str], ...] = (
@@ -55,7 +57,22 @@ def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     load.add_argument(
         "--watch", nargs="?", type=_positive, const=1.0, metavar="SECONDS", help="again every second, or every SECONDS"
     )
+    top = commands.add_parser("top", parents=[common], help="watch load, pages, requests and layers, live")
+    top.add_argument("--once", action="store_true", help="print one frame and end")
+    top.add_argument(
+        "--interval", type=_positive, default=1.0, metavar="SECONDS", help="between frames (default: 1 second)"
+    )
+    top.add_argument(
+        "--streams", type=_streams, default=None, metavar="N", help="show N requests at most (default: what fits)"
+    )
     return parser
+
+
+def _streams(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := int(text)) <= MOST_STREAMS:
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, allowed is 0 to {MOST_STREAMS}")
 
 
 def _positive(text: str) -> float:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from d2o_client._cli._arguments import connect, generation_options
 from d2o_client._cli._chat import run_chat
 from d2o_client._cli._output import print_answer, print_json
+from d2o_client._cli._top import run_top
 from d2o_client._errors import InvalidArgumentError
 from d2o_client._options import ChatMessage, Compression, Prompt
 from d2o_client._sync import Client
@@ -111,5 +112,5 @@ def _load_line(load: Load) -> str:
 
 
 RUN: Mapping[str, Callable[[argparse.Namespace], int]] = MappingProxyType(
-    {"generate": run_generate, "chat": run_chat, "info": run_info, "load": run_load}
+    {"generate": run_generate, "chat": run_chat, "info": run_info, "load": run_load, "top": run_top}
 )

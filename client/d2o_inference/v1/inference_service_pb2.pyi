@@ -37,6 +37,13 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_END_OF_TEXT: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+
+class StreamState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STREAM_STATE_UNSPECIFIED: _ClassVar[StreamState]
+    STREAM_STATE_WAITING: _ClassVar[StreamState]
+    STREAM_STATE_PREFILL: _ClassVar[StreamState]
+    STREAM_STATE_DECODE: _ClassVar[StreamState]
 COMPRESSION_POLICY_UNSPECIFIED: CompressionPolicy
 COMPRESSION_POLICY_NONE: CompressionPolicy
 COMPRESSION_POLICY_D2O: CompressionPolicy
@@ -56,6 +63,10 @@ FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_END_OF_TEXT: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+STREAM_STATE_UNSPECIFIED: StreamState
+STREAM_STATE_WAITING: StreamState
+STREAM_STATE_PREFILL: StreamState
+STREAM_STATE_DECODE: StreamState
 
 class Prompt(_message.Message):
     __slots__ = ("text", "tokens", "chat")
@@ -151,18 +162,20 @@ class Compression(_message.Message):
     def __init__(self, policy: _Optional[_Union[CompressionPolicy, str]] = ..., ratio: _Optional[float] = ..., min_budget: _Optional[int] = ..., budget_tokens: _Optional[int] = ..., recent_share: _Optional[float] = ..., window_quota: _Optional[float] = ..., merge: _Optional[_Union[MergeRule, str]] = ..., layer_budgets: _Optional[_Union[LayerBudgetRule, str]] = ...) -> None: ...
 
 class GenerateTextRequest(_message.Message):
-    __slots__ = ("prompt", "sampling", "stopping", "compression", "logprobs")
+    __slots__ = ("prompt", "sampling", "stopping", "compression", "logprobs", "priority")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     prompt: Prompt
     sampling: SamplingParameters
     stopping: StoppingParameters
     compression: Compression
     logprobs: int
-    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., stopping: _Optional[_Union[StoppingParameters, _Mapping]] = ..., compression: _Optional[_Union[Compression, _Mapping]] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    priority: int
+    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., stopping: _Optional[_Union[StoppingParameters, _Mapping]] = ..., compression: _Optional[_Union[Compression, _Mapping]] = ..., logprobs: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class GenerateTextResponse(_message.Message):
     __slots__ = ("text", "token_ids", "logprobs", "started", "finished")
@@ -179,18 +192,20 @@ class GenerateTextResponse(_message.Message):
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., started: _Optional[_Union[GenerationStarted, _Mapping]] = ..., finished: _Optional[_Union[GenerationFinished, _Mapping]] = ...) -> None: ...
 
 class StreamGenerateTextRequest(_message.Message):
-    __slots__ = ("prompt", "sampling", "stopping", "compression", "logprobs")
+    __slots__ = ("prompt", "sampling", "stopping", "compression", "logprobs", "priority")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     prompt: Prompt
     sampling: SamplingParameters
     stopping: StoppingParameters
     compression: Compression
     logprobs: int
-    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., stopping: _Optional[_Union[StoppingParameters, _Mapping]] = ..., compression: _Optional[_Union[Compression, _Mapping]] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    priority: int
+    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., stopping: _Optional[_Union[StoppingParameters, _Mapping]] = ..., compression: _Optional[_Union[Compression, _Mapping]] = ..., logprobs: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class StreamGenerateTextResponse(_message.Message):
     __slots__ = ("started", "chunk", "finished")
@@ -265,18 +280,20 @@ class GenerationFinished(_message.Message):
     def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., cache: _Optional[_Union[CacheFacts, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "queue_seconds", "first_token_seconds", "total_seconds")
+    __slots__ = ("prompt_tokens", "completion_tokens", "queue_seconds", "first_token_seconds", "total_seconds", "resumed")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     queue_seconds: float
     first_token_seconds: float
     total_seconds: float
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., first_token_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ...) -> None: ...
+    resumed: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., first_token_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., resumed: _Optional[int] = ...) -> None: ...
 
 class CacheFacts(_message.Message):
     __slots__ = ("layers", "ratio_reached", "peak_pages", "compression_seconds")
@@ -367,11 +384,15 @@ class GetModelInfoResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., compressible_layers: _Optional[int] = ..., query_heads: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., page_size: _Optional[int] = ..., total_pages: _Optional[int] = ..., page_bytes: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., default_compression: _Optional[_Union[Compression, _Mapping]] = ..., default_sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., default_max_new_tokens: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., server_version: _Optional[str] = ..., end_of_text_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("max_streams", "with_layers")
+    MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    WITH_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    max_streams: int
+    with_layers: bool
+    def __init__(self, max_streams: _Optional[int] = ..., with_layers: _Optional[bool] = ...) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("pages_total", "pages_free", "pages_used", "pages_reserved", "running", "waiting", "waiting_prompt_tokens", "draining", "workers")
+    __slots__ = ("pages_total", "pages_free", "pages_used", "pages_reserved", "running", "waiting", "waiting_prompt_tokens", "draining", "workers", "logical_tokens", "physical_tokens", "read_tokens", "generated_tokens", "streams", "layers")
     PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
     PAGES_USED_FIELD_NUMBER: _ClassVar[int]
@@ -381,6 +402,12 @@ class GetLoadResponse(_message.Message):
     WAITING_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    LOGICAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PHYSICAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    READ_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     pages_total: int
     pages_free: int
     pages_used: int
@@ -390,18 +417,58 @@ class GetLoadResponse(_message.Message):
     waiting_prompt_tokens: int
     draining: bool
     workers: _containers.RepeatedCompositeFieldContainer[WorkerLoad]
-    def __init__(self, pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_reserved: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., draining: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ...) -> None: ...
+    logical_tokens: int
+    physical_tokens: float
+    read_tokens: int
+    generated_tokens: int
+    streams: _containers.RepeatedCompositeFieldContainer[StreamLoad]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerLoad]
+    def __init__(self, pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_reserved: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., draining: _Optional[bool] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., logical_tokens: _Optional[int] = ..., physical_tokens: _Optional[float] = ..., read_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., streams: _Optional[_Iterable[_Union[StreamLoad, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("index", "serving", "pages_total", "pages_free", "running")
+    __slots__ = ("index", "serving", "pages_total", "pages_free", "running", "restarts")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
     PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
     index: int
     serving: bool
     pages_total: int
     pages_free: int
     running: int
-    def __init__(self, index: _Optional[int] = ..., serving: _Optional[bool] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
+    restarts: int
+    def __init__(self, index: _Optional[int] = ..., serving: _Optional[bool] = ..., pages_total: _Optional[int] = ..., pages_free: _Optional[int] = ..., running: _Optional[int] = ..., restarts: _Optional[int] = ...) -> None: ...
+
+class StreamLoad(_message.Message):
+    __slots__ = ("generation_id", "worker", "state", "prompt_tokens", "completion_tokens", "max_new_tokens", "reserved_pages", "budget_per_layer", "policy", "seconds")
+    GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_PER_LAYER_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    generation_id: str
+    worker: int
+    state: StreamState
+    prompt_tokens: int
+    completion_tokens: int
+    max_new_tokens: int
+    reserved_pages: int
+    budget_per_layer: int
+    policy: CompressionPolicy
+    seconds: float
+    def __init__(self, generation_id: _Optional[str] = ..., worker: _Optional[int] = ..., state: _Optional[_Union[StreamState, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., reserved_pages: _Optional[int] = ..., budget_per_layer: _Optional[int] = ..., policy: _Optional[_Union[CompressionPolicy, str]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class LayerLoad(_message.Message):
+    __slots__ = ("budget", "slots")
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    budget: float
+    slots: int
+    def __init__(self, budget: _Optional[float] = ..., slots: _Optional[int] = ...) -> None: ...
