@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
 
-from d2o_server.app import serve
-from d2o_server.errors import StartupError
+from d2o_server.app import configure_logs, serve
+from d2o_server.errors import StartupError, WorkersLost
 from d2o_server.settings import Settings, from_arguments
 
 
@@ -16,9 +15,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the server; returns the process's exit status."""
     try:
         settings = from_arguments(sys.argv[1:] if arguments is None else arguments, os.environ)
-        logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+        configure_logs(settings)
         asyncio.run(serve(settings, _progress, lambda port: _listening(settings, port)))
-    except StartupError as error:
+    except (StartupError, WorkersLost) as error:
         print(f"d2o-serve: {error}", file=sys.stderr)
         return 1
     return 0

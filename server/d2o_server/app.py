@@ -14,34 +14,48 @@ from typing import Any, TypeVar
 from d2o_server.engine.admission import EngineDefaults
 from d2o_server.engine.dispatcher import Dispatcher
 from d2o_server.engine.engine import LocalEngine
+from d2o_server.engine.observer import Observer
 from d2o_server.engine.types import SamplingParams
 from d2o_server.engine.worker_client import Worker
-from d2o_server.errors import StartupError
+from d2o_server.errors import StartupError, WorkersLost
 from d2o_server.models.source import ModelSource, resolve
-from d2o_server.rpc.server import RpcServer, RpcSettings
-from d2o_server.settings import ListenSettings, Settings
+from d2o_server.rpc.interceptors import current_ids
+from d2o_server.rpc.server import RpcServer, RpcSettings, check_files
+from d2o_server.settings import Settings
+from d2o_server.telemetry import logs
+from d2o_server.telemetry.telemetry import Telemetry
 from d2o_server.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 _COLLECTOR_THRESHOLDS = (50_000, 20, 20)
+_SECONDS_TO_SAY_SO = 1.0
 Progress = Callable[[str], None]
 Started = TypeVar("Started")
 
 
 @asynccontextmanager
-async def running_engine(settings: Settings, progress: Progress) -> AsyncIterator[LocalEngine]:
+async def running_engine(
+    settings: Settings, progress: Progress, observer: Observer | None = None
+) -> AsyncIterator[LocalEngine]:
     """A started engine; its workers, which all started at once, are gone when the scope is left.
+
+    ``observer`` is told of every request.
 
     Raises:
         StartupError: the model or the settings do not allow a start; the message says what to change.
     """
     source = await asyncio.to_thread(resolve, settings.worker.model, report=progress)
-    workers = _workers(settings, progress)
+    workers = _workers(settings, progress, observer)
     try:
         starting = asyncio.gather(*(worker.start() for worker in workers))
         codec, _ = await asyncio.gather(asyncio.to_thread(_tokenizer, source), starting)
         limits = settings.limits
-        dispatcher = Dispatcher(workers, max_waiting=limits.max_waiting, max_waiting_tokens=limits.max_waiting_tokens)
+        dispatcher = Dispatcher(
+            workers,
+            max_waiting=limits.max_waiting,
+            max_waiting_tokens=limits.max_waiting_tokens,
+            max_wait=limits.max_wait,
+        )
         engine = LocalEngine(
             model=settings.worker.model,
             dtype=settings.worker.dtype,
@@ -54,6 +68,7 @@ async def running_engine(settings: Settings, progress: Progress) -> AsyncIterato
                 tensor_parallel=settings.worker.tensor_parallel,
             ),
             version=_version(),
+            observer=observer,
         )
         try:
             yield engine
@@ -63,10 +78,17 @@ async def running_engine(settings: Settings, progress: Progress) -> AsyncIterato
         await asyncio.gather(*(worker.stop() for worker in workers))
 
 
-def _workers(settings: Settings, progress: Progress) -> list[Worker]:
-    environment = {"D2O_LOG_LEVEL": settings.log_level}
+def _workers(settings: Settings, progress: Progress, observer: Observer | None) -> list[Worker]:
+    environment = {"D2O_LOG_LEVEL": settings.log_level, "D2O_LOG_FORMAT": settings.telemetry.log_format}
     return [
-        Worker(own.index, own, progress if settings.data_parallel == 1 else _numbered(progress, own.index), environment)
+        Worker(
+            own.index,
+            own,
+            progress if settings.data_parallel == 1 else _numbered(progress, own.index),
+            environment,
+            observer=observer,
+            supervision=settings.supervision,
+        )
         for own in settings.workers
     ]
 
@@ -96,24 +118,35 @@ async def serve(settings: Settings, progress: Progress, listening: Callable[[int
 
     Raises:
         StartupError: the settings do not allow a start; the message says what to change.
+        WorkersLost: all workers have died and cannot be started again.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    rpc = _rpc_settings(settings.listen)
+    rpc = _rpc_settings(settings)
+    check_files(rpc)
     await _check_address(rpc)
     async with AsyncExitStack() as scope:
-        engine = await _unless(stop, scope.enter_async_context(running_engine(settings, progress)))
+        telemetry = Telemetry(settings.telemetry, rpc.host, _version())
+        scope.push_async_callback(telemetry.close)
+        engine = await _unless(stop, scope.enter_async_context(running_engine(settings, progress, telemetry)))
         if engine is None:
             return
-        server = RpcServer(engine, rpc)
+        telemetry.attach(engine)
+        server = RpcServer(engine, rpc, telemetry, telemetry.interceptors)
         calm_garbage_collector()
         listening(await server.start())
         health = asyncio.create_task(_follow_health(engine, server))
-        await stop.wait()
+        lost = await _unless(stop, engine.worker_loss())
         health.cancel()
-        await _drain(engine, server, settings)
+        if lost is None:
+            await _drain(engine, server, settings)
+            return
+        await server.set_serving(False)
+        await engine.drain(_SECONDS_TO_SAY_SO)
+        await server.stop(_SECONDS_TO_SAY_SO)
+        raise WorkersLost(lost)
 
 
 def calm_garbage_collector() -> None:
@@ -136,12 +169,27 @@ async def _unless(stop: asyncio.Event, starting: Coroutine[Any, Any, Started]) -
     return None if start.cancelled() else start.result()
 
 
-def _rpc_settings(listen: ListenSettings) -> RpcSettings:
+def configure_logs(settings: Settings) -> None:
+    """Sends this process's log to standard error as the settings say."""
+    logs.configure(settings.log_level, settings.telemetry.log_format, current_ids)
+    if not settings.telemetry.access_log:
+        logging.getLogger("d2o_server.access").setLevel(logging.CRITICAL)
+
+
+def _rpc_settings(settings: Settings) -> RpcSettings:
+    listen = settings.listen
     return RpcSettings(
         host=listen.host,
         port=listen.port,
         reflection=listen.reflection,
+        api_keys=listen.api_keys,
         rate_limit=listen.rate_limit,
+        max_client_streams=listen.max_client_streams,
+        max_client_pages=listen.max_client_pages,
+        max_connections=listen.max_connections,
+        max_connection_age=listen.max_connection_age,
+        max_connection_age_grace=listen.max_connection_age_grace,
+        log_prompts=settings.telemetry.log_prompts,
         tls_certificate=listen.tls_certificate,
         tls_key=listen.tls_key,
         tls_client_ca=listen.tls_client_ca,

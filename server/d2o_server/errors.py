@@ -16,11 +16,19 @@ class InvalidRequest(ServerError):
 
 
 class Overloaded(ServerError):
-    """The request would succeed later: a bounded queue or a rate limit is exhausted."""
+    """The request would succeed later: a bounded queue or a rate limit is exhausted.
 
-    def __init__(self, reason: str, retry_after_ms: int) -> None:
+    ``bound`` is a short name of what is exhausted, which refusals are counted by.
+    """
+
+    def __init__(self, reason: str, retry_after_ms: int, bound: str = "queue_full") -> None:
         super().__init__(f"{reason}; try again in {retry_after_ms} ms")
         self.retry_after_ms = retry_after_ms
+        self.bound = bound
+
+
+class Unauthenticated(ServerError):
+    """A call came without an API key where one is required, or with a wrong one; the message does not say which."""
 
 
 class DeadlineExceeded(ServerError):
@@ -32,15 +40,29 @@ class OutOfDeviceMemory(ServerError):
 
 
 class Unavailable(ServerError):
-    """No worker can take or finish the request now."""
+    """No worker can take or finish the request now. ``retry_after_ms``: when that should be different, where known."""
+
+    retry_after_ms: int | None = None
 
 
 class Draining(Unavailable):
     """The server is shutting down and takes no new requests."""
 
 
+class NoWorker(Unavailable):
+    """No worker serves at the moment; one is being started again."""
+
+    retry_after_ms = 1000
+
+
 class WorkerDied(Unavailable):
-    """The worker that ran the request died."""
+    """The worker that ran the request died, and no other could go on with it."""
+
+    retry_after_ms = 1000
+
+
+class WorkersLost(Unavailable):
+    """No worker is left and none will be: the server ends."""
 
 
 class EngineFailure(ServerError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,46 +12,88 @@ from pathlib import Path
 
 from d2o.config import ConfigError, D2OConfig, Policy, ScoreQueries
 from d2o_server.engine.messages import WorkerSettings
+from d2o_server.engine.supervision import Supervision
 from d2o_server.errors import SettingsError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_DRAIN_GRACE = 60.0
+# Of a termination grace: seconds for what the platform runs before its signal, and for the server's own end.
+TERMINATION_RESERVE = 15.0
+DEFAULT_METRICS_PORT = 9400
+TRACE_CONSOLE = "console"
 _ENVIRONMENT_PREFIX = "D2O_SERVE_"
+# Understood as well, where the one with the prefix is not set.
+_OTHER_NAMES = {"metrics_port": "D2O_METRICS_PORT"}
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_LOG_FORMATS = ("text", "json")
+_TRACE_ENDPOINT = re.compile(r"https?://[^/\s:]+(:[0-9]+)?/?|https?://\[[0-9a-fA-F:]+\](:[0-9]+)?/?")
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitSettings:
-    """Bounds on what waits. ``drain_window`` and ``drain_grace`` are seconds."""
+    """Bounds on what waits. ``max_wait``, ``drain_window`` and ``drain_grace`` are seconds."""
 
     max_waiting: int = 256
     max_waiting_tokens: int = 1_000_000
+    max_wait: float = 600.0
     default_max_new_tokens: int = 256
     max_logprobs: int = 20
     drain_window: float = 2.0
-    drain_grace: float = 60.0
+    drain_grace: float = DEFAULT_DRAIN_GRACE
 
     def __post_init__(self) -> None:
         for name, low in (("max_waiting", 1), ("max_waiting_tokens", 1), ("default_max_new_tokens", 1)):
             _at_least(name, getattr(self, name), low)
         for name in ("max_logprobs", "drain_window", "drain_grace"):
             _at_least(name, getattr(self, name), 0)
+        if not 0 < self.max_wait < math.inf:
+            raise SettingsError(f"max_wait: got {self.max_wait}, allowed is a positive number of seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenSettings:
-    """Where the server listens; see ``rpc.server.RpcSettings``. ``rate_limit``: requests a second and peer, 0: any."""
+    """Where the server listens, and to whom; see ``rpc.server.RpcSettings``. A limit of 0 is any number."""
 
     host: str = "127.0.0.1"
     port: int = 50051
-    reflection: bool = True
+    reflection: bool = False
+    api_keys: Path | None = None
     rate_limit: int = 0
+    max_client_streams: int = 0
+    max_client_pages: int = 0
+    max_connections: int = 1000
+    max_connection_age: float = 0.0
+    max_connection_age_grace: float | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
 
     def __post_init__(self) -> None:
-        _at_least("rate_limit", self.rate_limit, 0)
+        for name in ("rate_limit", "max_client_streams", "max_client_pages", "max_connections"):
+            _at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetrySettings:
+    """What the server says of itself. ``metrics_port`` 0: no metrics; ``trace``: an OTLP endpoint or ``console``."""
+
+    metrics_port: int = 0
+    trace: str | None = None
+    log_format: str = "text"
+    log_prompts: bool = False
+    access_log: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.metrics_port <= 65535:
+            raise SettingsError(f"metrics_port: got {self.metrics_port}, allowed is [0, 65535] (0 is off)")
+        if self.log_format not in _LOG_FORMATS:
+            raise SettingsError(f"log_format: got {self.log_format!r}, allowed is {' or '.join(_LOG_FORMATS)}")
+        if self.trace is not None and self.trace != TRACE_CONSOLE and not _TRACE_ENDPOINT.fullmatch(self.trace):
+            raise SettingsError(
+                f"trace: got {self.trace!r}, allowed is {TRACE_CONSOLE} or an OTLP endpoint over gRPC such as"
+                " http://localhost:4317"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +105,8 @@ class Settings:
     compression: D2OConfig = field(default_factory=D2OConfig)
     limits: LimitSettings = field(default_factory=LimitSettings)
     listen: ListenSettings = field(default_factory=ListenSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    supervision: Supervision = field(default_factory=Supervision)
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
@@ -165,21 +210,54 @@ def from_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         limits=LimitSettings(
             max_waiting=parsed.max_waiting,
             max_waiting_tokens=parsed.max_waiting_tokens,
+            max_wait=parsed.max_wait,
             default_max_new_tokens=parsed.max_new_tokens,
             drain_window=parsed.drain_window,
-            drain_grace=parsed.drain_grace,
+            drain_grace=_drain_grace(parsed.drain_grace, parsed.drain_window, parsed.termination_grace),
         ),
         listen=ListenSettings(
             host=parsed.host,
             port=parsed.port,
             reflection=parsed.reflection,
+            api_keys=parsed.api_keys,
             rate_limit=parsed.rate_limit,
+            max_client_streams=parsed.max_client_streams,
+            max_client_pages=parsed.max_client_pages,
+            max_connections=parsed.max_connections,
+            max_connection_age=parsed.max_connection_age,
+            max_connection_age_grace=parsed.max_connection_age_grace,
             tls_certificate=parsed.tls_certificate,
             tls_key=parsed.tls_key,
             tls_client_ca=parsed.tls_client_ca,
         ),
+        telemetry=TelemetrySettings(
+            metrics_port=parsed.metrics_port,
+            trace=parsed.trace,
+            log_format=parsed.log_format,
+            log_prompts=parsed.log_prompts,
+            access_log=parsed.access_log,
+        ),
+        supervision=Supervision(worker_timeout=parsed.worker_timeout, worker_restarts=parsed.worker_restarts),
         log_level=parsed.log_level.upper(),
     )
+
+
+def _drain_grace(given: float | None, window: float, termination: float | None) -> float:
+    """Seconds for running streams, out of the whole time that the platform gives where that is known."""
+    if termination is None:
+        return DEFAULT_DRAIN_GRACE if given is None else given
+    if given is not None:
+        raise SettingsError(
+            f"drain_grace: got {given} beside termination_grace {termination}, allowed is one of them: the latter"
+            " already says how long streams may run"
+        )
+    least = window + TERMINATION_RESERVE
+    if not least < termination < math.inf:
+        raise SettingsError(
+            f"termination_grace: got {termination}, allowed is more than {least:g}: drain_window {window:g} and"
+            f" {TERMINATION_RESERVE:g} for a hook before the signal and for the end itself"
+        )
+    return termination - least
 
 
 def _compression(parsed: argparse.Namespace) -> D2OConfig:
@@ -206,9 +284,10 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     _device_flags(parser)
     _compression_flags(parser)
     _serving_flags(parser)
+    _telemetry_flags(parser)
     known = {action.dest: action for action in parser._actions if action.dest != "help"}
     for name, action in known.items():
-        given = environment.get(_ENVIRONMENT_PREFIX + name.upper())
+        given = environment.get(_ENVIRONMENT_PREFIX + name.upper(), environment.get(_OTHER_NAMES.get(name, "")))
         if given is not None:
             action.default = _environment_value(action, given)
     return parser
@@ -256,6 +335,18 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel", type=int, default=1, help="ranks that each worker's model is split over; one a GPU"
     )
     device.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of all workers")
+    device.add_argument(
+        "--worker-timeout",
+        type=float,
+        help="seconds without a sign of life or, under load, a step, after which a worker is killed; default: 60 on a"
+        " GPU, 300 on a CPU",
+    )
+    device.add_argument(
+        "--worker-restarts",
+        type=int,
+        default=Supervision().worker_restarts,
+        help="starts in a row that may come to nothing before a worker is given up",
+    )
     device.add_argument("--memory-fraction", type=float, default=0.5, help="CPU: share of free memory for page pools")
     device.add_argument(
         "--gpu-memory-utilization", type=float, default=0.9, help="GPU: share of its memory for model and page pool"
@@ -282,15 +373,62 @@ def _serving_flags(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--host", default="127.0.0.1", help="address to bind")
     serving.add_argument("--port", type=int, default=50051, help="0 takes any free port")
     serving.add_argument(
-        "--reflection", action=argparse.BooleanOptionalAction, default=True, help="serve grpc.reflection"
+        "--reflection", action=argparse.BooleanOptionalAction, default=False, help="serve grpc.reflection"
     )
-    serving.add_argument("--rate-limit", type=int, default=0, help="generations a second that one peer may start")
+    _caller_flags(serving)
+    serving.add_argument(
+        "--max-connection-age",
+        type=float,
+        default=0.0,
+        help="seconds until connections are told to reconnect; 0: never",
+    )
+    serving.add_argument(
+        "--max-connection-age-grace", type=float, help="seconds that its calls then get; default: as long as they take"
+    )
     serving.add_argument("--tls-certificate", type=Path, help="PEM certificate chain; switches TLS on")
     serving.add_argument("--tls-key", type=Path, help="PEM private key")
     serving.add_argument("--tls-client-ca", type=Path, help="PEM authorities that clients must come from")
     serving.add_argument("--max-new-tokens", type=int, default=256, help="default of a request's output")
     serving.add_argument("--max-waiting", type=int, default=256, help="most requests that wait for pages")
     serving.add_argument("--max-waiting-tokens", type=int, default=1_000_000, help="most prompt tokens that wait")
+    serving.add_argument("--max-wait", type=float, default=600.0, help="most seconds that a request waits for pages")
     serving.add_argument("--drain-window", type=float, default=2.0, help="seconds NOT_SERVING before calls are refused")
-    serving.add_argument("--drain-grace", type=float, default=60.0, help="seconds that running streams get to finish")
-    serving.add_argument("--log-level", default="INFO", help="DEBUG, INFO, WARNING or ERROR")
+    serving.add_argument(
+        "--drain-grace",
+        type=float,
+        help=f"seconds that running streams get to finish; default: {DEFAULT_DRAIN_GRACE:g}, or by termination-grace",
+    )
+    serving.add_argument(
+        "--termination-grace", type=float, help="seconds from a platform's decision to stop this process to its kill"
+    )
+
+
+def _caller_flags(serving: argparse._ArgumentGroup) -> None:
+    serving.add_argument("--api-keys", type=Path, help="file of hashed keys, of which every call must carry one")
+    serving.add_argument("--rate-limit", type=int, default=0, help="generations a second of one caller; 0: any number")
+    serving.add_argument(
+        "--max-client-streams", type=int, default=0, help="generations at once of one key or certificate; 0: any number"
+    )
+    serving.add_argument(
+        "--max-client-pages",
+        type=int,
+        default=0,
+        help="pages reserved at once by one key or certificate; 0: any number",
+    )
+    serving.add_argument("--max-connections", type=int, default=1000, help="connections at once; 0: any number")
+
+
+def _telemetry_flags(parser: argparse.ArgumentParser) -> None:
+    telemetry = parser.add_argument_group("metrics, traces and logs")
+    telemetry.add_argument(
+        "--metrics-port", type=int, default=DEFAULT_METRICS_PORT, help="Prometheus metrics on the same host; 0: none"
+    )
+    telemetry.add_argument("--trace", metavar="TARGET", help="OTLP endpoint such as http://localhost:4317, or console")
+    telemetry.add_argument("--log-level", default="INFO", help="DEBUG, INFO, WARNING or ERROR")
+    telemetry.add_argument("--log-format", default="text", choices=_LOG_FORMATS, help="of lines on standard error")
+    telemetry.add_argument(
+        "--access-log", action=argparse.BooleanOptionalAction, default=True, help="log one line a call"
+    )
+    telemetry.add_argument(
+        "--log-prompts", action=argparse.BooleanOptionalAction, default=False, help="log every prompt as it came"
+    )

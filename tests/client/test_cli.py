@@ -22,6 +22,49 @@ def target(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> str:
     return server.target
 
 
+DETAILED_LOAD = pb.GetLoadResponse(
+    pages_total=100,
+    pages_free=60,
+    pages_used=30,
+    pages_reserved=10,
+    running=2,
+    waiting=7,
+    waiting_prompt_tokens=90,
+    draining=True,
+    workers=[
+        pb.WorkerLoad(index=0, serving=True, pages_total=50, pages_free=50, running=2),
+        pb.WorkerLoad(index=1, serving=False, pages_total=50, pages_free=10, restarts=3),
+    ],
+    logical_tokens=400,
+    physical_tokens=100,
+    generated_tokens=5000,
+    read_tokens=600,
+    layers=[pb.LayerLoad(budget=80, slots=150), pb.LayerLoad(budget=40, slots=50)],
+    streams=[
+        pb.StreamLoad(
+            generation_id="g-7",
+            worker=1,
+            state=pb.STREAM_STATE_DECODE,
+            prompt_tokens=300,
+            completion_tokens=20,
+            max_new_tokens=64,
+            reserved_pages=9,
+            budget_per_layer=60,
+            policy=pb.COMPRESSION_POLICY_D2O,
+            seconds=2.5,
+        ),
+        pb.StreamLoad(
+            generation_id="g-8",
+            state=pb.STREAM_STATE_WAITING,
+            prompt_tokens=50,
+            max_new_tokens=64,
+            policy=pb.COMPRESSION_POLICY_NONE,
+            seconds=0.1,
+        ),
+    ],
+)
+
+
 def stream_request(server: ScriptedServer) -> pb.StreamGenerateTextRequest:
     (call,) = (call for call in server.calls if call.method == "StreamGenerateText")
     request: pb.StreamGenerateTextRequest = call.request
@@ -210,6 +253,8 @@ class TestErrors:
             ["generate", "Hi", "--top-k", "x"],
             ["load", "--watch", "0"],
             ["load", "--timeout", "x"],
+            ["top", "--interval", "0"],
+            ["top", "--streams", "1025"],
         ],
     )
     def test_a_wrong_command_line_exits_with_2(self, flags: list[str]) -> None:
@@ -251,6 +296,55 @@ class TestInfoAndLoad:
         monkeypatch.setenv("D2O_API_KEY", "secret")
         assert main(["load"]) == 0
         assert server.calls[0].metadata["authorization"] == "Bearer secret"
+
+
+class TestTop:
+    def test_one_frame_has_load_pages_layers_and_streams(
+        self, server: ScriptedServer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        server.script("GetLoad", DETAILED_LOAD)
+        assert main(["top", "--once"]) == 0
+        (request,) = (call.request for call in server.calls if call.method == "GetLoad")
+        assert (request.max_streams, request.with_layers) == (20, True)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("tiny (")
+        assert (
+            lines[1]
+            == "requests  2 running, 7 waiting (90 prompt tokens); 1 of 2 workers serving, 3 restarts; draining"
+        )
+        assert lines[3].endswith("] 30 used + 10 reserved of 100 (100 MiB)")
+        assert lines[3].count("#") * 10 == lines[3].count("+", 0, lines[3].index("]")) * 30
+        assert lines[5].endswith("] 40 of 50 used, 0 running, not serving")
+        assert lines[6] == "tokens    400 of running requests in 100 slots a layer (25%)"
+        assert lines[7] == "rate      5000 generated, 600 read since the start"
+        assert lines[9:11] == [
+            "LAYER: slots in use / mean budget of a compressed request",
+            "  0: 150 / 80    1: 50 / 40",
+        ]
+        assert lines[13].split() == ["g-7", "decode", "1", "300", "20", "64", "9", "60", "d2o", "2.5s"]
+        assert lines[14].split() == ["g-8", "waiting", "0", "50", "0", "64", "0", "-", "none", "0.1s"]
+        assert lines[15:] == ["and 7 more"]
+
+    def test_rates_are_between_frames(self, server: ScriptedServer, capsys: pytest.CaptureFixture[str]) -> None:
+        for generated in (100, 150):
+            server.script("GetLoad", pb.GetLoadResponse(pages_total=1, generated_tokens=generated, read_tokens=5))
+        server.script("GetLoad", Abort(grpc.StatusCode.INTERNAL, "boom"))
+        assert main(["top", "--interval", "0.01"]) == 1
+        first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("rate"))
+        assert first == "rate      100 generated, 5 read since the start"
+        assert " new tokens/s, 0.0 prompt tokens/s; 150 generated" in second
+
+    def test_json_is_everything(self, server: ScriptedServer, capsys: pytest.CaptureFixture[str]) -> None:
+        server.script("GetLoad", DETAILED_LOAD)
+        assert main(["top", "--once", "--json", "--streams", "3"]) == 0
+        (document,) = lines_of(capsys.readouterr().out)
+        assert [stream["state"] for stream in document["streams"]] == ["decode", "waiting"]
+        assert document["layers"][1] == {"budget": 40.0, "slots": 50}
+        assert document["workers"][1]["restarts"] == 3
+
+    def test_an_older_server_has_fewer_facts(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["top", "--once"]) == 0
+        assert "requests  3 running, 1 waiting" in capsys.readouterr().out
 
 
 class TestChat:

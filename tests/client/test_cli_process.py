@@ -10,9 +10,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import pytest
 
-from tests.client.scripted_service import FINISHED, HANG, HELLO, PATIENCE, STARTED, ScriptedServer, Wait, chunk
+from d2o_inference.v1 import inference_service_pb2 as pb
+from tests.client.scripted_service import FINISHED, HANG, HELLO, PATIENCE, STARTED, Abort, ScriptedServer, Wait, chunk
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def start(server: ScriptedServer, *flags: str, **options: Any) -> subprocess.Pop
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "d2o_client._cli", *flags, "--target", server.target]
-    return subprocess.Popen(command, text=True, env=environment, **pipes, **options)
+    return subprocess.Popen(command, text=True, env=environment, **(pipes | options))
 
 
 def test_text_appears_as_it_comes(server: ScriptedServer) -> None:
@@ -104,3 +106,36 @@ def test_a_terminal_is_shown_no_escape_sequences(server: ScriptedServer) -> None
     os.close(slave)
     assert os.read(master, 1000) == b"a[2Jb\tc\r\n"
     os.close(master)
+
+
+def test_top_draws_in_place_and_gives_the_terminal_back(server: ScriptedServer) -> None:
+    controller, terminal = pty.openpty()
+    with start(server, "top", "--interval", "0.05", stdout=terminal) as process:
+        os.close(terminal)
+        seen = b""
+        while seen.count(b"\x1b[H") < 3:
+            seen += os.read(controller, 65536)
+        process.send_signal(signal.SIGINT)
+        while b"\x1b[?1049l" not in seen:
+            seen += os.read(controller, 65536)
+        assert process.wait(PATIENCE) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    os.close(controller)
+    assert seen.startswith(b"\x1b[?1049h\x1b[?25l")
+    assert b"requests  3 running, 1 waiting" in seen
+
+
+def test_top_outlives_a_server_that_is_away_for_a_while(server: ScriptedServer) -> None:
+    controller, terminal = pty.openpty()
+    server.script("GetLoad", pb.GetLoadResponse(pages_total=1, running=5))
+    for _ in range(3):
+        server.script("GetLoad", Abort(grpc.StatusCode.UNAVAILABLE, "draining"))
+    with start(server, "top", "--interval", "0.05", stdout=terminal) as process:
+        os.close(terminal)
+        seen = b""
+        while not (b"5 running" in seen and b"draining" in seen and b"3 running" in seen):
+            seen += os.read(controller, 65536)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 0
+    os.close(controller)

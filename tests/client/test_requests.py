@@ -84,6 +84,7 @@ def test_every_option_reaches_its_field() -> None:
         ignore_end_of_text=True,
         logprobs=2,
         compression="h2o",
+        priority=7,
     )
     assert sent.sampling == pb.SamplingParameters(
         temperature=0.5,
@@ -99,14 +100,14 @@ def test_every_option_reaches_its_field() -> None:
     assert sent.stopping == pb.StoppingParameters(
         max_new_tokens=9, min_new_tokens=1, stop_strings=["a", "b"], stop_token_ids=[4], ignore_end_of_text=True
     )
-    assert sent.logprobs == 2
+    assert (sent.logprobs, sent.priority) == (2, 7)
     assert sent.compression == pb.Compression(policy=pb.COMPRESSION_POLICY_H2O)
 
 
 def test_the_options_cover_the_contract() -> None:
     sampling = set(pb.SamplingParameters.DESCRIPTOR.fields_by_name)
     stopping = set(pb.StoppingParameters.DESCRIPTOR.fields_by_name) - {"stop_strings"} | {"stop"}
-    assert set(GenerationOptions.__optional_keys__) == sampling | stopping | {"logprobs", "compression"}
+    assert set(GenerationOptions.__optional_keys__) == sampling | stopping | {"logprobs", "compression", "priority"}
     assert set(Compression.__dataclass_fields__) == set(pb.Compression.DESCRIPTOR.fields_by_name)
     assert {f"COMPRESSION_POLICY_{policy.name}" for policy in Policy} == set(pb.CompressionPolicy.keys()[1:])
 

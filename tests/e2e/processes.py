@@ -45,7 +45,8 @@ def worker_of(front: int) -> psutil.Process:
 
 def spawn(flags: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """Starts the server with its standard error in ``log``."""
-    variables = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {})
+    # Servers of tests run beside each other: metrics, which have a port of their own, only where a flag asks for it.
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "D2O_SERVE_METRICS_PORT": "0"} | dict(environment or {})
     with log.open("w") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "d2o_server", *flags], stdout=subprocess.PIPE, stderr=file, text=True, env=variables

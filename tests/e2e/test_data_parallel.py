@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from d2o_client import NO_RETRY, AsyncClient, AsyncStream, HealthStatus, InvalidArgumentError, Load, UnavailableError
+from d2o_client import NO_RETRY, AsyncClient, AsyncStream, HealthStatus, InvalidArgumentError, Load
 from tests.e2e.conftest import Launch
 from tests.e2e.processes import PATIENCE, TINY, ServerProcess, end, spawn
 
@@ -54,15 +54,16 @@ async def test_a_request_that_no_single_worker_could_hold_is_refused(client: Asy
         await client.generate("x", max_new_tokens=3500, compression="none")
 
 
-async def test_a_worker_that_dies_takes_its_own_streams_only(launch_server: Launch) -> None:
-    server = launch_server(*TWO_WORKERS, "--num-pages", str(PAGES))
+async def test_the_streams_of_a_worker_that_dies_go_on_in_the_other(launch_server: Launch) -> None:
+    server = launch_server(*TWO_WORKERS, "--num-pages", str(2 * PAGES))
     async with AsyncClient(server.target, retry=NO_RETRY) as client:
         streams = [stream(client, MORE_THAN_HALF) for _ in range(2)]
         await asyncio.gather(*map(anext, streams))
         await load_when(client, (1, 1))
         psutil.Process(server.process.pid).children()[0].kill()
-        answers = await asyncio.gather(*(one.result() for one in streams), return_exceptions=True)
-        assert sorted(isinstance(answer, UnavailableError) for answer in answers) == [False, True]
+        answers = await asyncio.gather(*(one.result() for one in streams))
+        assert answers[0].token_ids == answers[1].token_ids
+        assert sorted(answer.usage.resumed for answer in answers) == [0, 1]
         assert await client.health() is HealthStatus.SERVING
         assert (await client.generate("x", max_new_tokens=5, ignore_end_of_text=True)).usage.completion_tokens == 5
         async with asyncio.timeout(PATIENCE):

@@ -14,8 +14,8 @@ from d2o_inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 NAN, INFINITY = float("nan"), float("inf")
 
 
-def chat(role: str) -> pb.Prompt:
-    return pb.Prompt(chat=pb.ChatMessages(messages=[pb.ChatMessage(role=role, content="hello")]))
+def chat(*roles: str, content: str = "hello") -> pb.Prompt:
+    return pb.Prompt(chat=pb.ChatMessages(messages=[pb.ChatMessage(role=role, content=content) for role in roles]))
 
 
 def tokens(*ids: int) -> pb.Prompt:
@@ -30,6 +30,8 @@ PROMPTS: list[tuple[str, pb.Prompt]] = [
     ("prompt.tokens.ids: got 5000 ids, allowed is at most 4096", tokens(*[1] * 5000)),
     ("prompt.chat.messages: got no messages", pb.Prompt(chat=pb.ChatMessages())),
     ("prompt.chat.messages[0].role: got 0 characters", chat("")),
+    ("prompt.chat.messages: got 5000 messages, allowed is at most 4096", chat(*["user"] * 5000)),
+    ("prompt.chat.messages: got 300000 characters, allowed is at most 262144", chat("user", content="x" * 300_000)),
     ("prompt.text: got 300000 characters, allowed is at most 262144", pb.Prompt(text="x" * 300_000)),
 ]
 PARAMETERS: list[tuple[str, dict[str, Any]]] = [
@@ -58,6 +60,7 @@ PARAMETERS: list[tuple[str, dict[str, Any]]] = [
     ("compression.recent_share: got -0.5", {"compression": {"recent_share": -0.5}}),
     ("compression.window_quota: got 0.8", {"compression": {"window_quota": 0.8, "recent_share": 0.5}}),
     ("logprobs: got 21", {"logprobs": 21}),
+    ("priority: got 10, allowed is [0, 9]", {"priority": 10}),
 ]
 
 

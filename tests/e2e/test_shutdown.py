@@ -39,6 +39,28 @@ async def test_a_drain_cuts_no_stream(launch_server: Launch) -> None:
     assert server.process.wait(PATIENCE) == 0
 
 
+async def test_a_drain_under_100_streams_cuts_none_and_ends_within_its_grace(launch_server: Launch) -> None:
+    server = launch_server(*TINY, "--num-pages", "2000", "--drain-window", "0.5", "--drain-grace", "40")
+    async with AsyncClient(server.target, retry=NO_RETRY) as client:
+        streams = [client.stream("x" * (1 + i), max_new_tokens=400, ignore_end_of_text=True) for i in range(100)]
+        await asyncio.gather(*map(anext, streams))
+        server.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        reading = asyncio.gather(*(stream.result() for stream in streams))
+        await health_when(client, HealthStatus.NOT_SERVING, 2)
+        late = await client.generate("y", max_new_tokens=2, ignore_end_of_text=True)
+        assert late.usage.completion_tokens == 2
+        await asyncio.sleep(max(0.0, began + 1.0 - time.monotonic()))
+        assert not reading.done()
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match=r"^the server is shutting down$"):
+                await client.generate("z")
+        for answer in await reading:
+            assert answer.usage.completion_tokens == len(answer.token_ids) == 400
+    assert server.process.wait(PATIENCE) == 0
+    assert time.monotonic() - began < 0.5 + 40
+
+
 async def test_a_drain_ends_after_its_grace(launch_server: Launch) -> None:
     server = launch_server(*FLAGS, "--drain-window", "0", "--drain-grace", "0.2")
     async with AsyncClient(server.target, retry=NO_RETRY) as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 
 import psutil
@@ -30,28 +31,58 @@ async def health_when(client: AsyncClient, wanted: HealthStatus, seconds: float 
     return time.monotonic() - began
 
 
-async def test_a_killed_worker_is_replaced_and_only_its_streams_are_lost(launch_server: Launch) -> None:
+async def test_a_killed_worker_is_replaced_and_its_streams_go_on(launch_server: Launch) -> None:
     server = launch_server(*FLAGS)
     async with AsyncClient(server.target, retry=NO_RETRY) as client:
+        alone = await client.generate("x", max_new_tokens=3000, ignore_end_of_text=True)
+        assert alone.usage.resumed == 0
         running = await stream_that_runs(client)
         queued = asyncio.ensure_future(client.generate("y" * 3500, max_new_tokens=500))
         await asyncio.sleep(0.05)
         server.worker().kill()
-        for lost in (running.result(), queued):
-            with pytest.raises(UnavailableError, match=r"^the worker that ran the request died; try again$"):
-                await lost
         await health_when(client, HealthStatus.NOT_SERVING, 1)
-        with pytest.raises(UnavailableError, match=r"^no worker is serving at the moment; it is being restarted$"):
+        with pytest.raises(
+            UnavailableError, match=r"^no worker is serving at the moment; it is being restarted$"
+        ) as refused:
             await client.generate("x")
+        assert refused.value.retry_after == 1
         # One that dies again, before it has connected, is replaced as well.
         await kill_the_next_worker(server)
         await health_when(client, HealthStatus.SERVING)
-        assert (await client.generate("x", max_new_tokens=9, ignore_end_of_text=True)).usage.completion_tokens == 9
+        answer = await running.result()
+        assert (answer.token_ids, answer.text, answer.usage.resumed) == (alone.token_ids, alone.text, 1)
+        assert (await queued).usage.completion_tokens > 0
+        assert [worker.restarts for worker in (await client.load()).workers] == [2]
     # Nothing runs, so that the drain window is not waited for.
     began = time.monotonic()
     assert server.terminate() == 0
     assert time.monotonic() - began < 5
     assert "worker 0: its process ended with status -9" in server.log.read_text()
+
+
+async def test_streams_are_not_cut_by_a_death_in_a_drain(launch_server: Launch) -> None:
+    server = launch_server(*TINY, "--num-pages", "1000", "--drain-window", "0.2")
+    async with AsyncClient(server.target, retry=NO_RETRY) as client:
+        running = await stream_that_runs(client)
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        server.worker().kill()
+        assert await client.health() is HealthStatus.NOT_SERVING
+        answer = await running.result()
+        assert (answer.usage.completion_tokens, answer.usage.resumed) == (3000, 1)
+    assert server.process.wait(PATIENCE) == 0
+
+
+async def test_a_server_without_workers_ends_and_says_why(launch_server: Launch) -> None:
+    server = launch_server(*TINY, "--num-pages", "1000", "--worker-restarts", "0")
+    async with AsyncClient(server.target, retry=NO_RETRY) as client:
+        running = await stream_that_runs(client)
+        server.worker().kill()
+        with pytest.raises(UnavailableError, match=r"^no worker is left to run the request$"):
+            await running.result()
+    assert server.process.wait(10) == 1
+    *_, last = server.log.read_text().splitlines()
+    assert last.startswith("d2o-serve: worker 0 is given up after 1 deaths in a row; the last: its process ended with")
 
 
 async def kill_the_next_worker(server: ServerProcess) -> None:

@@ -9,7 +9,7 @@ import pytest
 from d2o.config import Policy
 from d2o_server.__main__ import main
 from d2o_server.errors import SettingsError
-from d2o_server.settings import Settings, from_arguments
+from d2o_server.settings import Settings, TelemetrySettings, from_arguments
 
 
 def read(*arguments: str, **variables: str) -> Settings:
@@ -31,10 +31,10 @@ def test_the_defaults_serve_the_default_model_on_the_loopback_address() -> None:
 
 
 def test_flags_are_read() -> None:
-    settings = read("--compression", "snapkv", "--budget-tokens", "512", "--num-pages", "99", "--no-reflection")
+    settings = read("--compression", "snapkv", "--budget-tokens", "512", "--num-pages", "99", "--reflection")
     assert (settings.compression.policy, settings.compression.budget_tokens) == (Policy.SNAPKV, 512)
     assert settings.worker.num_pages == 99
-    assert not settings.listen.reflection
+    assert settings.listen.reflection
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
@@ -143,3 +143,34 @@ def test_what_cannot_be_served_ends_with_status_1_before_a_model_is_loaded(
     written = capsys.readouterr()
     assert written.err.startswith(message)
     assert (written.err.count("\n"), written.out) == (1, "")
+
+
+def test_telemetry_flags_are_read() -> None:
+    assert read().telemetry == TelemetrySettings(metrics_port=9400)
+    telemetry = read("--metrics-port", "0", "--trace", "console", "--no-access-log", LOG_FORMAT="json").telemetry
+    assert telemetry == TelemetrySettings(metrics_port=0, trace="console", log_format="json", access_log=False)
+    assert read("--log-prompts").telemetry.log_prompts
+
+
+def test_the_metrics_port_has_a_second_name_that_the_first_overrides() -> None:
+    assert from_arguments([], {"D2O_METRICS_PORT": "9"}).telemetry.metrics_port == 9
+    assert from_arguments([], {"D2O_METRICS_PORT": "9", "D2O_SERVE_METRICS_PORT": "8"}).telemetry.metrics_port == 8
+
+
+@pytest.mark.parametrize("target", ["http://localhost:4317", "https://[::1]:4317", "http://otel.example/", "console"])
+def test_a_trace_target_is_an_endpoint_or_the_console(target: str) -> None:
+    assert read("--trace", target).telemetry.trace == target
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--metrics-port", "65536"), r"metrics_port: got 65536, allowed is \[0, 65535\] \(0 is off\)"),
+        (("--trace", "localhost:4317"), "trace: got 'localhost:4317', allowed is console or an OTLP endpoint"),
+        (("--trace", "http://a:4317/v1/traces"), "trace: got "),
+        (("--trace", ""), "trace: got ''"),
+    ],
+)
+def test_telemetry_out_of_bounds_is_named(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        read(*flags)

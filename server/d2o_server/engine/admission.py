@@ -14,6 +14,7 @@ from d2o.config import D2OConfig, Scope
 from d2o_server import errors
 from d2o_server.engine.memory import CacheShape, reserve
 from d2o_server.engine.messages import Submit
+from d2o_server.engine.priority import check_priority, due
 from d2o_server.engine.text import TextCodec
 from d2o_server.engine.types import ChatMessage, GenerationRequest, ModelInfo, Prompt, SamplingParams
 from d2o_server.engine.validation import validate
@@ -53,12 +54,11 @@ class Admission:
             InvalidRequest: the prompt is empty, far too long, outside the vocabulary, or no valid conversation.
         """
         if isinstance(prompt, str):
-            most = self._info.max_model_len * _LONGEST_PROMPT_CHARACTERS_PER_TOKEN
-            if len(prompt) > most:
-                raise errors.InvalidRequest("prompt.text", f"{len(prompt)} characters", f"at most {most} characters")
+            self._check_length("prompt.text", len(prompt))
             return _not_empty("prompt.text", await self._off_loop(partial(self._codec.encode, prompt)))
         if prompt and isinstance(prompt[0], ChatMessage):
             messages = tuple(item for item in prompt if isinstance(item, ChatMessage))
+            self._check_length("prompt.chat.messages", sum(len(message.content) for message in messages))
             return _not_empty("prompt.chat", await self._off_loop(partial(self._codec.render_chat, messages)))
         ids = tuple(item for item in prompt if isinstance(item, int))
         vocabulary = self._info.vocabulary_size
@@ -66,6 +66,12 @@ class Admission:
             wrong = next(i for i in ids if not 0 <= i < vocabulary)
             raise errors.InvalidRequest("prompt.tokens.ids", wrong, f"token ids in [0, {vocabulary - 1}]")
         return _not_empty("prompt.tokens", ids)
+
+    def _check_length(self, field: str, characters: int) -> None:
+        """Refuses what would only be tokenized to learn that it is far too long."""
+        most = self._info.max_model_len * _LONGEST_PROMPT_CHARACTERS_PER_TOKEN
+        if characters > most:
+            raise errors.InvalidRequest(field, f"{characters} characters", f"at most {most} characters")
 
     async def _off_loop(self, encode: Callable[[], list[int]]) -> tuple[int, ...]:
         return tuple(await asyncio.get_running_loop().run_in_executor(self._threads, encode))
@@ -75,9 +81,10 @@ class Admission:
 
         Raises:
             InvalidRequest: a field is out of bounds, or the whole pool could not hold the request.
-            DeadlineExceeded: its time was up when it came.
+            DeadlineExceeded: its time was up when it came, or before it was tokenized.
         """
-        if request.deadline is not None and request.deadline <= time.monotonic():
+        arrived = time.monotonic()
+        if request.deadline is not None and request.deadline <= arrived:
             raise errors.DeadlineExceeded("the deadline had passed when the request arrived")
         sampling = request.sampling
         default = self._defaults.sampling.max_new_tokens or 1
@@ -87,9 +94,12 @@ class Admission:
             max_logprobs=self._info.max_logprobs,
             default_max_new_tokens=default,
         )
+        check_priority(request.priority)
         config = request.compression or self._defaults.compression
         self._check_heads(config)
         prompt = await self.tokenize(request.prompt)
+        if request.deadline is not None and request.deadline <= time.monotonic():
+            raise errors.DeadlineExceeded("the deadline passed while the prompt was tokenized")
         max_new_tokens = self._fit_length(len(prompt), sampling, default)
         message = Submit(
             id=secrets.token_hex(8),
@@ -99,6 +109,7 @@ class Admission:
             config=config,
             end_ids=self._info.end_of_text_ids,
             max_new_tokens=max_new_tokens,
+            due=due(arrived, request.priority),
         )
         return message, self._pages(config, len(prompt), max_new_tokens)
 

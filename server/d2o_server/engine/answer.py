@@ -7,18 +7,22 @@ import time
 from d2o_server import errors
 from d2o_server.engine.dispatcher import Dispatcher
 from d2o_server.engine.messages import Admitted, Ended, Failed, NewToken
+from d2o_server.engine.observer import Observer, Timeline
 from d2o_server.engine.text import TextCodec, TextStream
+from d2o_server.engine.ticket import Ticket, TicketEvent
 from d2o_server.engine.types import Chunk, Event, Finished, FinishReason, Started, Usage
-from d2o_server.engine.worker_client import Ticket, TicketEvent
 
 
 class Answer:
     """Turns a ticket's events into the caller's, until it is ``over``. ``arrived``: a reading of ``time.monotonic``."""
 
-    def __init__(self, codec: TextCodec, ticket: Ticket, arrived: float, dispatcher: Dispatcher) -> None:
-        self._ticket, self._arrived, self._dispatcher = ticket, arrived, dispatcher
+    def __init__(
+        self, codec: TextCodec, ticket: Ticket, arrived: float, dispatcher: Dispatcher, observer: Observer
+    ) -> None:
+        self._ticket, self._arrived, self._dispatcher, self._observer = ticket, arrived, dispatcher, observer
         self._text = TextStream.of(codec, ticket.message.sampling, ticket.message.end_ids)
-        self._admitted = self._first = arrived
+        self._admitted = self._first = self._latest = arrived
+        self._finish: Finished | None = None
         self.over = False
 
     async def next(self) -> tuple[Event, ...]:
@@ -37,10 +41,11 @@ class Answer:
         if isinstance(event, Ended):
             self.over = True
             rest = self._text.finish()
-            finished = self._finished(event)
+            finished = self._finish = self._finished(event)
             return (Chunk(rest, ()), finished) if rest else (finished,)
         if isinstance(event, Admitted):
             self._admitted = time.monotonic()
+            self._observer.admitted(self._admitted - self._arrived)
             return (self._started(event),)
         raise _error(event)
 
@@ -49,12 +54,33 @@ class Answer:
         new = [first, *(item for item in self._ticket.events.take_while(_is_token) if isinstance(item, NewToken))]
         if self._text.matched is not None:
             return ()
-        if not self._text.tokens:
-            self._first = time.monotonic()
+        now = time.monotonic()
+        if self._text.tokens:
+            self._observer.tokens(len(new), now - self._latest)
+        else:
+            self._first = now
+            self._observer.first_tokens(now - self._arrived)
+        self._latest = now
         chunk = self._text.push(new)
+        self._ticket.tokens = self._text.tokens
         if self._text.matched is not None:
             self._dispatcher.stop_string(self._ticket)
         return (chunk,)
+
+    def timeline(self) -> Timeline:
+        """The generation's life, now that nobody reads it any more."""
+        finish = self._finish
+        return Timeline(
+            generation_id=self._ticket.id,
+            arrived=self._arrived,
+            admitted=self._admitted if self._ticket.admission is not None else None,
+            first_token=self._first if self._text.tokens else None,
+            ended=time.monotonic(),
+            prompt_tokens=len(self._ticket.message.prompt),
+            completion_tokens=self._text.tokens,
+            reason=finish.reason if finish else None,
+            cache=finish.cache if finish else None,
+        )
 
     def _started(self, admitted: Admitted) -> Started:
         message = self._ticket.message
@@ -75,6 +101,7 @@ class Answer:
             queue_seconds=self._admitted - self._arrived,
             first_token_seconds=self._first - self._arrived,
             total_seconds=now - self._arrived,
+            resumed=self._ticket.resumed,
         )
         matched = self._text.matched
         return Finished(

@@ -1,19 +1,27 @@
-"""Which worker a request goes to, and how many may wait."""
+"""Which worker a request goes to, also after the one that ran it has died, and how many may wait."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 
 from d2o_server import errors
-from d2o_server.engine.messages import Cancel, Stop, Submit
-from d2o_server.engine.worker_client import Ticket, Worker
+from d2o_server.engine.backlog import Backlog
+from d2o_server.engine.messages import Cancel, Failed, Stop, Submit
+from d2o_server.engine.ticket import MOST_DEATHS, Ticket
+from d2o_server.engine.worker_client import Worker
 
-_LEAST_PAUSE, _LONGEST_PAUSE = 0.1, 30.0
+_log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """Sends every request to the worker with most room; bounds those that have to wait because none has any."""
+    """Sends every request to the worker with most room; bounds those that have to wait because none has any.
+
+    Requests of a worker that died go to one that serves, or stay with it until one does: see :mod:`.ticket`. ``lost``
+    is set once no worker is left, and none will be.
+    """
 
     def __init__(
         self,
@@ -21,13 +29,17 @@ class Dispatcher:
         *,
         max_waiting: int,
         max_waiting_tokens: int,
+        max_wait: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.workers = workers
-        self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
+        self.lost = asyncio.Event()
         self._clock = clock
-        self._seconds_per_request = 1.0
-        self._last_end = clock()
+        self.backlog = Backlog(
+            workers, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens, max_wait=max_wait, clock=clock
+        )
+        for worker in workers:
+            worker.keeper = self
 
     @property
     def waiting(self) -> list[Ticket]:
@@ -38,35 +50,72 @@ class Dispatcher:
     def running(self) -> int:
         return sum(not ticket.waiting for worker in self.workers for ticket in worker.tickets.values())
 
-    def submit(self, message: Submit, pages: int) -> Ticket:
+    def submit(self, message: Submit, pages: int, *, owner: str | None = None, max_pages: int = 0) -> Ticket:
         """Sends a request, which will hold ``pages`` pages at most, to the serving worker with most room.
 
+        ``max_pages`` is what all requests of its ``owner`` may hold; 0 is any number.
+
         Raises:
-            Overloaded: it would have to wait, and the bounded queue is full. Unavailable: no worker serves.
+            Overloaded: it would have to wait, and the bounded queue is full, or its owner holds too much.
+            InvalidRequest: its owner may never hold so much. NoWorker: no worker serves.
         """
-        serving = [worker for worker in self.workers if worker.serving]
-        if not serving:
-            raise errors.Unavailable("no worker is serving at the moment; it is being restarted")
-        worker = max(serving, key=lambda worker: (worker.fits(pages), worker.room, -len(worker.tickets)))
+        self.backlog.check_owner(owner, pages, max_pages)
+        worker = self._roomiest(pages)
+        if worker is None:
+            raise errors.NoWorker("no worker is serving at the moment; it is being restarted")
         queued = not worker.fits(pages)
         if queued:
-            self._check_queue(len(message.prompt))
-        ticket = Ticket(message, pages, worker, queued, sent=self._clock())
+            self.backlog.check_queue(len(message.prompt))
+        ticket = Ticket(message, pages, worker, queued, sent=self._clock(), owner=owner)
         worker.tickets[ticket.id] = ticket
         worker.send(message)
         return ticket
 
-    def _check_queue(self, prompt_tokens: int) -> None:
-        queue = [ticket for ticket in self.waiting if ticket.queued]
-        if len(queue) >= self._max_waiting:
-            raise errors.Overloaded(f"the queue is full ({len(queue)} requests wait)", self._retry_after(len(queue)))
-        tokens = sum(len(ticket.message.prompt) for ticket in queue)
-        if queue and tokens + prompt_tokens > self._max_waiting_tokens:
-            raise errors.Overloaded(f"the queue is full ({tokens} prompt tokens wait)", self._retry_after(len(queue)))
+    def _roomiest(self, pages: int) -> Worker | None:
+        """The serving worker with most room, if any serves."""
+        serving = [worker for worker in self.workers if worker.serving]
+        return max(serving, key=lambda worker: (worker.fits(pages), worker.room, -len(worker.tickets)), default=None)
 
-    def _retry_after(self, waiting: int) -> int:
-        """Milliseconds until about half of the queue should have been admitted."""
-        return int(1000 * min(_LONGEST_PAUSE, max(_LEAST_PAUSE, self._seconds_per_request * waiting / 2)))
+    def worker_ready(self, worker: Worker) -> None:
+        """Gives it the requests that no worker has."""
+        self._hand_over([other for other in self.workers if other is worker or not other.serving])
+
+    def worker_died(self, worker: Worker) -> None:
+        """Gives its requests to another worker where one serves; those that have seen too many die end."""
+        for ticket in list(worker.tickets.values()):
+            if not ticket.worker_died():
+                del worker.tickets[ticket.id]
+                reason = f"{MOST_DEATHS} workers in a row died while they ran the request and brought it no further"
+                ticket.end(Failed(ticket.id, errors.WorkerDied.__name__, reason))
+        self._hand_over([worker])
+
+    def worker_given_up(self, worker: Worker) -> None:
+        """Ends what nobody can go on with once no worker is left."""
+        if any(other.given_up is None for other in self.workers):
+            return
+        for other in self.workers:
+            other.fail_tickets("no worker is left to run the request")
+        self.lost.set()
+
+    def _hand_over(self, origins: Sequence[Worker]) -> None:
+        """Sends requests that are with workers which do not know them to those that serve, the oldest first."""
+        if not any(worker.serving for worker in self.workers):
+            return
+        tickets = sorted(
+            (ticket for origin in origins for ticket in origin.tickets.values()), key=lambda ticket: ticket.sent
+        )
+        # Before any is sent: one that serves again is an origin, too, and what it gets now it does know.
+        for origin in origins:
+            origin.tickets = {}
+        for ticket in tickets:
+            worker = self._roomiest(ticket.pages) or ticket.worker
+            ticket.worker, ticket.queued = worker, not worker.fits(ticket.pages)
+            worker.tickets[ticket.id] = ticket
+            worker.send(ticket.continuation())
+            if ticket.stopping:
+                worker.send(Stop(ticket.id))
+        if tickets:
+            _log.info("%d requests of workers that died go on", len(tickets))
 
     def release(self, ticket: Ticket) -> None:
         """Ends a request's stay: cancels it unless it has ended. Its pages are free within one step."""
@@ -74,12 +123,9 @@ class Dispatcher:
             ticket.worker.tickets.pop(ticket.id, None)
             ticket.done = True
             ticket.worker.send(Cancel(ticket.id))
-        now = self._clock()
-        # Time in which nothing ran says nothing about how fast requests end.
-        seconds = now - max(self._last_end, ticket.sent)
-        self._seconds_per_request += 0.2 * (seconds - self._seconds_per_request)
-        self._last_end = now
+        self.backlog.ended(ticket)
 
     def stop_string(self, ticket: Ticket) -> None:
         """Ends a request as finished because its text reached a stop string."""
+        ticket.stopping = True
         ticket.worker.send(Stop(ticket.id))

@@ -12,10 +12,22 @@ from d2o_server.engine.admission import Admission, EngineDefaults
 from d2o_server.engine.answer import Answer
 from d2o_server.engine.dispatcher import Dispatcher
 from d2o_server.engine.memory import CacheShape
-from d2o_server.engine.messages import Ready, Submit
+from d2o_server.engine.messages import CacheState, Ready, Submit
+from d2o_server.engine.observer import Observer
 from d2o_server.engine.text import TextCodec
-from d2o_server.engine.types import Event, GenerationRequest, Load, ModelInfo, Prompt, Tokens, WorkerLoad
-from d2o_server.engine.worker_client import Ticket, Worker
+from d2o_server.engine.ticket import Ticket
+from d2o_server.engine.types import (
+    Event,
+    GenerationRequest,
+    LayerLoad,
+    Load,
+    ModelInfo,
+    Prompt,
+    StreamLoad,
+    Tokens,
+    WorkerLoad,
+)
+from d2o_server.engine.worker_client import Worker
 
 
 class LocalEngine:
@@ -30,9 +42,10 @@ class LocalEngine:
         dispatcher: Dispatcher,
         defaults: EngineDefaults,
         version: str,
+        observer: Observer | None = None,
     ) -> None:
         ready = _smallest([worker.ready for worker in dispatcher.workers])
-        self._codec, self._dispatcher = codec, dispatcher
+        self._codec, self._dispatcher, self._observer = codec, dispatcher, observer or Observer()
         shape = CacheShape(windows=ready.shape.windows, page_size=ready.page_size)
         self._info = _describe(ready, shape, codec, defaults, model=model, dtype=dtype, version=version)
         self._admission = Admission(codec, self._info, shape, defaults)
@@ -58,6 +71,8 @@ class LocalEngine:
         used = sum(pool.used for pool in pools)
         promised = sum(pool.reserved for pool in pools)
         waiting = self._dispatcher.waiting
+        caches = [worker.cache for worker in workers if worker.cache is not None]
+        layers = _layer_loads(caches)
         return Load(
             pages_total=total,
             pages_free=total - promised,
@@ -68,7 +83,19 @@ class LocalEngine:
             waiting_prompt_tokens=sum(len(ticket.message.prompt) for ticket in waiting),
             draining=self._draining,
             workers=tuple(map(_worker_load, workers)),
+            logical_tokens=sum(cache.tokens for cache in caches),
+            physical_tokens=sum(layer.slots for layer in layers) / (len(layers) or 1),
+            read_tokens=sum(worker.read_tokens for worker in workers),
+            generated_tokens=sum(worker.generated_tokens for worker in workers),
+            layers=layers,
         )
+
+    def streams(self, most: int) -> tuple[StreamLoad, ...]:
+        """Requests that have not ended, the oldest first, ``most`` at most."""
+        now = time.monotonic()
+        tickets = [ticket for worker in self._dispatcher.workers for ticket in worker.tickets.values()]
+        tickets.sort(key=lambda ticket: ticket.sent)
+        return tuple(_stream_load(ticket, now) for ticket in tickets[:most])
 
     async def tokenize(self, prompt: Prompt, with_text: bool = False) -> Tokens:
         """The prompt's token ids as generation would see them."""
@@ -84,20 +111,33 @@ class LocalEngine:
         try:
             arrived = time.monotonic()
             message, pages = await self._admission.prepare(request)
-            with self._ticket(message, pages) as ticket, ticket.events.expiring(request.deadline):
-                answer = Answer(self._codec, ticket, arrived, self._dispatcher)
-                while not answer.over:
-                    for event in await answer.next():
+            with self._ticket(message, pages, request) as ticket, ticket.events.expiring(request.deadline):
+                answer = Answer(self._codec, ticket, arrived, self._dispatcher, self._observer)
+                try:
+                    for event in await self._first(answer, ticket):
                         yield event
+                    while not answer.over:
+                        for event in await answer.next():
+                            yield event
+                finally:
+                    self._observer.ended(answer.timeline())
         finally:
             self._active -= 1
             if not self._active:
                 self._idle.set()
 
+    async def _first(self, answer: Answer, ticket: Ticket) -> tuple[Event, ...]:
+        """What an answer begins with: word that it was admitted, which is waited for so long and no longer."""
+        try:
+            async with asyncio.timeout(self._dispatcher.backlog.max_wait):
+                return await answer.next()
+        except TimeoutError:
+            raise self._dispatcher.backlog.waited_too_long(ticket) from None
+
     @contextmanager
-    def _ticket(self, message: Submit, pages: int) -> Iterator[Ticket]:
+    def _ticket(self, message: Submit, pages: int, request: GenerationRequest) -> Iterator[Ticket]:
         """Owns a request's stay in a worker: whatever happens, it holds nothing afterwards."""
-        ticket = self._dispatcher.submit(message, pages)
+        ticket = self._dispatcher.submit(message, pages, owner=request.owner, max_pages=request.max_pages)
         try:
             yield ticket
         finally:
@@ -110,6 +150,11 @@ class LocalEngine:
             await asyncio.wait_for(self._idle.wait(), grace)
         except TimeoutError:
             return
+
+    async def worker_loss(self) -> str:
+        """Returns why no worker is left, once none is and none will be."""
+        await self._dispatcher.lost.wait()
+        return "; ".join(worker.given_up or "" for worker in self._dispatcher.workers)
 
     async def close(self) -> None:
         """Stops the workers; what still runs ends with an error."""
@@ -160,4 +205,30 @@ def _worker_load(worker: Worker) -> WorkerLoad:
         pages_total=worker.pool.total if worker.pool else 0,
         pages_free=worker.free_pages,
         running=sum(not ticket.waiting for ticket in worker.tickets.values()),
+        restarts=worker.restarts,
+    )
+
+
+def _layer_loads(caches: Sequence[CacheState]) -> tuple[LayerLoad, ...]:
+    """The layers of all workers' models as one."""
+    compressed = sum(cache.compressed for cache in caches) or 1
+    sums = ([cache.compressed * budget for budget in cache.budgets] for cache in caches)
+    slots = map(sum, zip(*(cache.slots for cache in caches), strict=True))
+    budgets = (sum(of) / compressed for of in zip(*sums, strict=True))
+    return tuple(LayerLoad(budget=budget, slots=count) for budget, count in zip(budgets, slots, strict=True))
+
+
+def _stream_load(ticket: Ticket, now: float) -> StreamLoad:
+    message, admission = ticket.message, ticket.admission
+    return StreamLoad(
+        generation_id=ticket.id,
+        worker=ticket.worker.index,
+        state="waiting" if ticket.waiting else "decode" if ticket.tokens else "prefill",
+        prompt_tokens=len(message.prompt),
+        completion_tokens=ticket.tokens,
+        max_new_tokens=message.max_new_tokens,
+        reserved_pages=0 if admission is None else admission.reserved_pages,
+        policy=(message if admission is None else admission).config.policy,
+        budget_per_layer=0 if admission is None else admission.budget,
+        seconds=now - ticket.sent,
     )

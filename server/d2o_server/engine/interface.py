@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from d2o_server.engine.types import Event, GenerationRequest, Load, ModelInfo, Prompt, Tokens
+from d2o_server.engine.types import Event, GenerationRequest, Load, ModelInfo, Prompt, StreamLoad, Tokens
 
 
 class Engine(Protocol):
@@ -17,6 +17,10 @@ class Engine(Protocol):
 
     def load(self) -> Load:
         """Pages and requests at this moment."""
+        ...
+
+    def streams(self, most: int) -> tuple[StreamLoad, ...]:
+        """Requests that have not ended, the oldest first, ``most`` at most."""
         ...
 
     async def tokenize(self, prompt: Prompt, with_text: bool = False) -> Tokens:

@@ -50,7 +50,12 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A validated request; ``config`` is what was asked for, the worker finds the policy in force."""
+    """A validated request; ``config`` is what was asked for, the worker finds the policy in force.
+
+    ``output``: tokens that another worker reported before it died; what is reported begins with the one after them.
+    ``resumed``: another worker had the request before, so that it goes before those which have not had their turn.
+    These are admitted in the order of ``due``: see :mod:`d2o_server.engine.priority`.
+    """
 
     id: str
     prompt: tuple[int, ...]
@@ -59,6 +64,9 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     config: D2OConfig
     end_ids: tuple[int, ...]
     max_new_tokens: int
+    output: tuple[int, ...] = ()
+    resumed: bool = False
+    due: float = 0.0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -102,6 +110,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     page_bytes: int
     pool: PoolState
     max_model_len: int
+    device: str = "cpu"
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -144,10 +153,24 @@ class Failed(msgspec.Struct, frozen=True):
     message: str
 
 
+class CacheState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the caches of running sequences hold.
+
+    ``tokens`` is what they have read and written. By layer: ``slots`` in use, and the mean of the ``budgets`` of the
+    ``compressed`` ones among them (of a sliding-window layer its window; 0 where none was compressed).
+    """
+
+    tokens: int
+    compressed: int
+    slots: tuple[int, ...]
+    budgets: tuple[float, ...]
+
+
 class StepReport(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """All that one step changed, in one message."""
+    """All that one step changed, in one message; ``cache`` comes now and then, and when nothing runs any more."""
 
     pool: PoolState
+    cache: CacheState | None = None
     admitted: tuple[Admitted, ...] = ()
     tokens: tuple[NewToken, ...] = ()
     ended: tuple[Ended, ...] = ()

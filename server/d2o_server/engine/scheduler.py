@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class PrefillSlice:
 
     @property
     def last(self) -> bool:
-        return self.start + self.count == len(self.sequence.prompt)
+        return self.start + self.count == len(self.sequence.reading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class StepPlan:
 
 
 class Scheduler:
-    """First come, first served; a sequence is admitted when all the pages it can ever need are unreserved.
+    """First due, first served; a sequence is admitted when all the pages it can ever need are unreserved.
 
     So nothing that runs is ever preempted. ``prefill_tokens`` bounds the prompt tokens of one step, so that running
     streams keep their pace while prompts are read. With ``whole_chunks`` a prompt that does not end in a step is read
@@ -64,8 +65,11 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence behind those that wait already."""
-        self.waiting.append(sequence)
+        """Queues a sequence by its turn, behind those that wait already with the same; resumed ones come first."""
+        if not self.waiting or self.waiting[-1].turn <= sequence.turn:
+            self.waiting.append(sequence)
+        else:
+            self.waiting.insert(bisect_right(self.waiting, sequence.turn, key=lambda other: other.turn), sequence)
 
     def admit(self) -> list[Sequence]:
         """Moves from the front of the queue all that fit; a request that does not fit holds back those behind it."""

@@ -24,8 +24,14 @@ class Sequence:
 
     ``launched`` counts the output tokens that steps were launched for; it is ahead of ``output`` while steps run.
 
-    ``reserved_pages`` is what admission promised: the reservation's peak until the prompt is compressed, then its
-    resident bound, then exactly what compression left it needing.
+    Those that wait are admitted in the order of ``due``. ``reserved_pages`` is what admission promised: the
+    reservation's peak until the prompt is compressed, then its resident bound, then exactly what compression left it
+    needing.
+
+    ``known`` are output tokens from before another worker died. With ``rereads`` they are read as if they were the end
+    of the prompt, which leaves a full cache as it was; otherwise decode steps are run again that each yield the known
+    token instead of a sampled one, so that scores, evictions and merges are those of the first time. ``reading`` is
+    what prefill reads. ``stopping``: it ends as soon as it is where it was.
     """
 
     id: str
@@ -36,16 +42,44 @@ class Sequence:
     end_ids: tuple[int, ...]
     max_new_tokens: int
     reservation: Reservation
+    due: float = 0.0
     arrived: float = field(default_factory=time.monotonic)
     stage: Stage = Stage.WAITING
     prefilled: int = 0
     reserved_pages: int = 0
     launched: int = 0
     output: list[int] = field(default_factory=list)
+    known: tuple[int, ...] = ()
+    resumed: bool = False
+    rereads: bool = False
+    stopping: bool = False
+    reading: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.reading = self.prompt
+        if self.rereads:
+            self.reading += self.known
+            self.output = list(self.known)
+            self.launched = len(self.known)
+
+    @property
+    def turn(self) -> tuple[bool, float]:
+        """Sorts sequences into the order of their admission."""
+        return not self.resumed, self.due
 
     @property
     def prompt_remaining(self) -> int:
-        return len(self.prompt) - self.prefilled
+        return len(self.reading) - self.prefilled
+
+    @property
+    def replaying(self) -> bool:
+        """Whether it is not yet where it was when its worker died."""
+        return len(self.output) < len(self.known)
+
+    @property
+    def forced(self) -> int | None:
+        """The token that the step to be launched next yields whatever its logits are, or None."""
+        return self.known[self.launched] if self.launched < len(self.known) else None
 
     @property
     def total_tokens(self) -> int:

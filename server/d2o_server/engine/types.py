@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from d2o.config import D2OConfig
+from d2o.config import D2OConfig, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,10 @@ class SamplingParams:
     logprobs: int | None = None
 
 
+# The highest priority, and that of requests which say nothing; the lowest is 0.
+MAX_PRIORITY = 9
+DEFAULT_PRIORITY = 5
+
 Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
 
 
@@ -46,7 +50,8 @@ class GenerationRequest:
     """One generation. ``prompt`` is text, token ids or chat messages.
 
     ``compression`` None takes the server's default. ``deadline`` is a reading of ``time.monotonic``; ``client_id``
-    is the caller's own request id and is only logged.
+    is the caller's own request id and is only logged. ``owner`` is whose pages it counts among, which must not be more
+    than ``max_pages`` at once; 0 is any number.
     """
 
     prompt: Prompt
@@ -54,6 +59,9 @@ class GenerationRequest:
     compression: D2OConfig | None = None
     deadline: float | None = None
     client_id: str | None = None
+    priority: int = DEFAULT_PRIORITY
+    owner: str | None = None
+    max_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +108,14 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens, and seconds since the request arrived."""
+    """Tokens, seconds since the request arrived, and how often another worker went on where one had died."""
 
     prompt_tokens: int
     completion_tokens: int
     queue_seconds: float
     first_token_seconds: float
     total_seconds: float
+    resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +130,13 @@ class LayerCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheFacts:
+    """What became of a sequence's tokens. ``compression_seconds`` has those of the prompt and of decoding."""
+
     layers: tuple[LayerCache, ...]
     ratio_reached: float
     peak_pages: int
     compression_seconds: float
+    prompt_compression_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,11 +191,44 @@ class WorkerLoad:
     pages_total: int
     pages_free: int
     running: int
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLoad:
+    """One layer over all running sequences: ``slots`` in use, and the mean ``budget`` of those compressed, 0: none."""
+
+    budget: float
+    slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamLoad:
+    """One request that has not ended. ``state``: waiting, prefill or decode; ``seconds`` since it was submitted.
+
+    ``policy`` and ``budget_per_layer`` are those in force once it is admitted; a budget of 0 is the full cache.
+    """
+
+    generation_id: str
+    worker: int
+    state: str
+    prompt_tokens: int
+    completion_tokens: int
+    max_new_tokens: int
+    reserved_pages: int
+    policy: Policy
+    budget_per_layer: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Pages: used + reserved + free = total, where reserved pages are promised but not filled yet."""
+    """Pages: used + reserved + free = total, where reserved pages are promised but not filled yet.
+
+    ``logical_tokens`` is what running sequences have read and written, ``physical_tokens`` the slots that an average
+    layer holds of it; these and ``layers`` are up to half a second old. ``read_tokens`` and ``generated_tokens`` count
+    since the start: prompt tokens of admitted requests, and new tokens.
+    """
 
     pages_total: int
     pages_free: int
@@ -194,3 +239,8 @@ class Load:
     waiting_prompt_tokens: int
     draining: bool
     workers: tuple[WorkerLoad, ...] = field(default=())
+    logical_tokens: int = 0
+    physical_tokens: float = 0.0
+    read_tokens: int = 0
+    generated_tokens: int = 0
+    layers: tuple[LayerLoad, ...] = ()

@@ -5,41 +5,43 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import zmq
 import zmq.asyncio
 
 from d2o_server import errors
-from d2o_server.engine.mailbox import Mailbox
 from d2o_server.engine.messages import (
-    Admitted,
+    CacheState,
     Ended,
     Failed,
-    NewToken,
     PoolState,
     Progress,
     Ready,
     Refused,
     Shutdown,
     StepReport,
-    Submit,
     ToWorker,
     WorkerSettings,
     decode_from_worker,
     encode,
 )
+from d2o_server.engine.observer import Observer
+from d2o_server.engine.pulse import Pulse, is_stopped, pulse_file
+from d2o_server.engine.supervision import Keeper, Restarts, Supervision, watch
+from d2o_server.engine.ticket import Ticket
 
 _log = logging.getLogger(__name__)
-_FIRST_BACKOFF = 0.5
-_LONGEST_BACKOFF = 30.0
 _SECONDS_TO_STOP = 5.0
+# Until a process has imported what it needs its pulse does not beat.
+_SECONDS_TO_FIRST_BEAT = 300.0
 # How long what a process said before it died may still be on its way.
 _LAST_WORDS = 0.1
 
@@ -48,36 +50,14 @@ _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_"
 
 _STARTUP_ERRORS = {kind.__name__: kind for kind in (errors.StartupError, errors.ModelUnsupported, errors.SettingsError)}
 
-TicketEvent = Admitted | NewToken | Ended | Failed
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One request on its way through a worker: what comes back, in order.
-
-    ``pages`` is what admission will reserve for it. ``queued``: there was no room for it when it came.
-    """
-
-    message: Submit
-    pages: int
-    worker: Worker
-    queued: bool
-    sent: float = field(default_factory=time.monotonic)
-    events: Mailbox[TicketEvent] = field(default_factory=Mailbox)
-    waiting: bool = True
-    done: bool = False
-
-    @property
-    def id(self) -> str:
-        return self.message.id
-
 
 class Worker:
-    """One worker process and its socket. A process that dies is started again with backoff.
+    """One worker process and its socket. A process that dies or hangs is started again as ``supervision`` says.
 
     ``tickets`` are the requests that it has and that have not ended; ``pool`` is as of its last report, and None, as
-    is ``ready``, while no process serves. ``environment`` is added to what the process inherits; ``module`` is what it
-    runs.
+    are ``ready`` and ``cache``, while no process serves. ``read_tokens`` and ``generated_tokens`` count over all of its
+    lives, each of which has the pool of the first: what was admitted then must still fit. ``given_up`` says why it is
+    not started again. ``environment`` is added to what the process inherits; ``module`` is what it runs.
     """
 
     def __init__(
@@ -87,12 +67,22 @@ class Worker:
         progress: Callable[[str], None],
         environment: Mapping[str, str] | None = None,
         module: str = "d2o_server.worker.process",
+        observer: Observer | None = None,
+        supervision: Supervision | None = None,
     ) -> None:
         self.index, self.settings = index, settings
         self.ready: Ready | None = None
         self.pool: PoolState | None = None
+        self.cache: CacheState | None = None
         self.tickets: dict[str, Ticket] = {}
-        self.restarts = 0
+        self.restarts = self.read_tokens = self.generated_tokens = 0
+        self.keeper: Keeper | None = None
+        self.given_up: str | None = None
+        self._observer = observer or Observer()
+        self._supervision = supervision or Supervision()
+        self._reports = self._served_from = 0
+        self._ready_at: float | None = None
+        self._device: str | None = None
         self._progress, self._environment, self._module = progress, dict(environment or {}), module
         self._process: asyncio.subprocess.Process | None = None
         self._socket: zmq.asyncio.Socket | None = None
@@ -134,8 +124,8 @@ class Worker:
         return await self._started
 
     def send(self, message: ToWorker) -> None:
-        """Sends a message; to a worker that died it says nothing, and its tickets end by themselves."""
-        if self._socket is not None:
+        """Sends a message; to a worker that died it says nothing, and its keeper sees to its tickets."""
+        if self._socket is not None and self.serving:
             with suppress(zmq.Again):
                 asyncio.ensure_future(self._socket.send(encode(message), zmq.DONTWAIT)).result()
 
@@ -147,23 +137,46 @@ class Worker:
 
     async def _supervise(self, started: asyncio.Future[Ready]) -> None:
         """Keeps a process running. A first start that fails is not tried again."""
-        backoff = _FIRST_BACKOFF
+        restarts = Restarts(self._supervision)
         with tempfile.TemporaryDirectory(prefix="d2o-serve-", ignore_cleanup_errors=True) as folder:
             while True:
-                began = time.monotonic()
                 reason = await self._live(Path(folder) / str(self.restarts), started)
-                self._lose_everything()
+                served, worked = self._end_life()
                 if not started.done():
                     started.set_exception(errors.StartupError(f"worker {self.index} did not start: {reason}"))
                 if self._stop.is_set() or not self._has_served(started):
                     return
-                if time.monotonic() - began > _LONGEST_BACKOFF:
-                    backoff = _FIRST_BACKOFF
-                _log.error("worker %d: %s; starting it again in %.1f s", self.index, reason, backoff)
+                pause = restarts.pause(served, worked=worked)
+                if pause is None:
+                    self._give_up(reason, restarts.in_a_row)
+                    return
+                _log.error("worker %d: %s; starting it again in %.1f s", self.index, reason, pause)
                 self.restarts += 1
+                self._observer.worker_restarted(self.index)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._stop.wait(), backoff)
-                backoff = min(2 * backoff, _LONGEST_BACKOFF)
+                    await asyncio.wait_for(self._stop.wait(), pause)
+
+    def _end_life(self) -> tuple[float, bool]:
+        """Lets go of what died; returns for how long it had served, and whether any request has got further by it."""
+        served = 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
+        worked, self._served_from = self.generated_tokens > self._served_from, self.generated_tokens
+        self.ready = self.pool = self.cache = self._ready_at = None
+        if self._stop.is_set() or self.keeper is None:
+            self.fail_tickets("the worker that ran the request died; try again")
+        else:
+            self.keeper.worker_died(self)
+        return served, worked
+
+    def _give_up(self, reason: str, deaths: int) -> None:
+        self.given_up = f"worker {self.index} is given up after {deaths} deaths in a row; the last: {reason}"
+        _log.error("%s", self.given_up)
+        if self.keeper is not None:
+            self.keeper.worker_given_up(self)
+
+    def fail_tickets(self, message: str) -> None:
+        """Every stream of it ends with UNAVAILABLE."""
+        for ticket_id in list(self.tickets):
+            self._end(Failed(ticket_id, "WorkerDied", message))
 
     @staticmethod
     def _has_served(started: asyncio.Future[Ready]) -> bool:
@@ -186,14 +199,16 @@ class Worker:
     async def _live_on(self, socket: zmq.asyncio.Socket, address: str, started: asyncio.Future[Ready]) -> str:
         command = (sys.executable, "-m", self._module, address, str(os.getpid()))
         environment = _ENVIRONMENT | dict(os.environ) | self._environment
+        pulse = Pulse(pulse_file(address), create=True)
         process = await asyncio.create_subprocess_exec(*command, env=environment, start_new_session=True)
         self._process = process
+        watching = asyncio.create_task(self._watch(pulse))
         hearing = asyncio.create_task(self._hear(socket, started))
         died, stopping = asyncio.create_task(process.wait()), asyncio.create_task(self._stop.wait())
         try:
             # Waits inside the socket until the process connects, which one that died never does.
             settings = asyncio.ensure_future(socket.send(encode(self.settings)))
-            await asyncio.wait({hearing, died, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({hearing, died, stopping, watching}, return_when=asyncio.FIRST_COMPLETED)
             settings.cancel()
             if stopping.done() and self.serving:
                 self.send(Shutdown())
@@ -201,12 +216,32 @@ class Worker:
             elif died.done():
                 await asyncio.wait({hearing}, timeout=_LAST_WORDS)
         finally:
-            if process.returncode is None:
-                process.kill()
+            self._kill(process)
             status = await died
-            hearing.cancel()
-            stopping.cancel()
-        return await _how_it_ended(hearing, status)
+            for task in (hearing, stopping, watching):
+                task.cancel()
+            await asyncio.wait({watching})
+            pulse.close()
+        ended = await _how_it_ended(hearing, status)
+        return ended if watching.cancelled() else f"killed, because {watching.result()}"
+
+    def _kill(self, process: asyncio.subprocess.Process) -> None:
+        """Ends the process and those that it has started, which may not notice by themselves: they may be stopped."""
+        if process.returncode is None or self.settings.tensor_parallel > 1:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    async def _watch(self, pulse: Pulse) -> str:
+        def timeout() -> float:
+            given = self._supervision.timeout(self._device)
+            return given if pulse.count or is_stopped(self.pid) else max(given, _SECONDS_TO_FIRST_BEAT)
+
+        return await watch(
+            timeout=timeout,
+            beats=lambda: pulse.count,
+            reports=lambda: self._reports,
+            busy=lambda: self.serving and bool(self.tickets),
+        )
 
     async def _hear(self, socket: zmq.asyncio.Socket, started: asyncio.Future[Ready]) -> str:
         """Takes what the process says; returns why, once it says that it will not start."""
@@ -218,7 +253,7 @@ class Worker:
                 case Progress():
                     self._progress(message.text)
                 case Ready():
-                    self.ready, self.pool = message, message.pool
+                    self._begin(message)
                     if not started.done():
                         started.set_result(message)
                 case Refused():
@@ -227,29 +262,32 @@ class Worker:
                         started.set_exception(kind(message.message))
                     return message.message
 
+    def _begin(self, ready: Ready) -> None:
+        self.ready, self.pool = ready, ready.pool
+        self._ready_at, self._device = time.monotonic(), ready.device
+        self.settings = msgspec.structs.replace(self.settings, num_pages=ready.pool.total)
+        if self.keeper is not None:
+            self.keeper.worker_ready(self)
+
     def _route(self, report: StepReport) -> None:
+        self._reports += 1
         self.pool = report.pool
+        self.cache = report.cache or self.cache
+        self.generated_tokens += len(report.tokens)
         for admitted in report.admitted:
-            if ticket := self.tickets.get(admitted.id):
-                ticket.waiting = False
-                ticket.events.put(admitted)
+            ticket = self.tickets.get(admitted.id)
+            if ticket is not None and ticket.admit(admitted):
+                self.read_tokens += len(ticket.message.prompt)
         for token in report.tokens:
             if ticket := self.tickets.get(token.id):
-                ticket.events.put(token)
+                ticket.take(token)
         endings: tuple[Ended | Failed, ...] = (*report.ended, *report.failed)
         for last in endings:
             self._end(last)
 
     def _end(self, last: Ended | Failed) -> None:
         if ticket := self.tickets.pop(last.id, None):
-            ticket.done = True
-            ticket.events.put(last)
-
-    def _lose_everything(self) -> None:
-        """Every stream of a dead worker ends with UNAVAILABLE."""
-        self.ready = self.pool = None
-        for ticket_id in list(self.tickets):
-            self._end(Failed(ticket_id, "WorkerDied", "the worker that ran the request died; try again"))
+            ticket.end(last)
 
 
 async def _how_it_ended(hearing: asyncio.Task[str], status: int) -> str:

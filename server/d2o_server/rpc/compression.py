@@ -67,6 +67,11 @@ def config_of(message: pb.Compression, default: D2OConfig) -> D2OConfig:
         raise InvalidRequest(f"compression.{error.field}", error.given, error.allowed) from error
 
 
+def policy_number(policy: Policy) -> pb.CompressionPolicy:
+    """``policy`` as the wire has it."""
+    return _POLICY_NUMBERS[policy]
+
+
 def message_of(config: D2OConfig) -> pb.Compression:
     """``config`` with every field of the wire set; ``budget_tokens`` is 0 where no absolute budget is in force."""
     return pb.Compression(

@@ -6,12 +6,14 @@ request leaves unset takes the default that GetModelInfo reports.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 from d2o_inference.v1 import inference_service_pb2 as pb
 from d2o_server.engine.types import (
+    DEFAULT_PRIORITY,
+    MAX_PRIORITY,
     CacheFacts,
     ChatMessage,
     Chunk,
@@ -24,18 +26,20 @@ from d2o_server.engine.types import (
     Prompt,
     SamplingParams,
     Started,
+    StreamLoad,
     Tokens,
     WorkerLoad,
 )
 from d2o_server.errors import InvalidRequest
 from d2o_server.rpc import bounds
-from d2o_server.rpc.compression import config_of, message_of
+from d2o_server.rpc.compression import config_of, message_of, policy_number
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_ROLE_LENGTH = 64
+MAX_CHAT_MESSAGES = 4096
 
 FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     FinishReason.END_OF_TEXT: pb.FINISH_REASON_END_OF_TEXT,
@@ -46,7 +50,8 @@ FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
 _PLAIN_MODEL_FIELDS = tuple(
     field.name for field in fields(ModelInfo) if field.name not in ("default_compression", "default_sampling")
 )
-_PLAIN_LOAD_FIELDS = tuple(field.name for field in fields(Load) if field.name != "workers")
+_PLAIN_LOAD_FIELDS = tuple(field.name for field in fields(Load) if field.name not in ("workers", "layers"))
+_PLAIN_STREAM_FIELDS = tuple(field.name for field in fields(StreamLoad) if field.name not in ("state", "policy"))
 _WORKER_FIELDS = tuple(field.name for field in fields(WorkerLoad))
 
 # Field, lower and upper bound, and whether the lower bound itself is refused.
@@ -65,6 +70,7 @@ def generation_request(
     info: ModelInfo,
     deadline: float | None = None,
     client_id: str | None = None,
+    highest_priority: int = MAX_PRIORITY,
 ) -> GenerationRequest:
     """The request that ``message`` makes of a server that ``info`` describes; ``deadline`` is of time.monotonic.
 
@@ -85,7 +91,14 @@ def generation_request(
         compression=compression,
         deadline=deadline,
         client_id=client_id,
+        priority=_priority(message, highest_priority),
     )
+
+
+def _priority(message: pb.GenerateTextRequest | pb.StreamGenerateTextRequest, highest: int) -> int:
+    if not message.HasField("priority"):
+        return min(DEFAULT_PRIORITY, highest)
+    return bounds.whole("priority", message.priority, 0, highest, "this caller's")
 
 
 def prompt(message: pb.Prompt, info: ModelInfo) -> Prompt:
@@ -110,9 +123,10 @@ def prompt(message: pb.Prompt, info: ModelInfo) -> Prompt:
     raise InvalidRequest("prompt", "nothing", "one of text, tokens or chat")
 
 
-def _chat(messages: Iterable[pb.ChatMessage], info: ModelInfo) -> tuple[ChatMessage, ...]:
+def _chat(messages: Collection[pb.ChatMessage], info: ModelInfo) -> tuple[ChatMessage, ...]:
     if not info.has_chat_template:
         raise InvalidRequest("prompt.chat", "a conversation", "text or tokens: this model has no chat template")
+    bounds.at_most("prompt.chat.messages", len(messages), MAX_CHAT_MESSAGES, "messages")
     conversation = tuple(ChatMessage(message.role, message.content) for message in messages)
     if not conversation:
         raise InvalidRequest("prompt.chat.messages", "no messages", "at least one")
@@ -232,6 +246,7 @@ def finished_message(finished: Finished) -> pb.GenerationFinished:
             queue_seconds=usage.queue_seconds,
             first_token_seconds=usage.first_token_seconds,
             total_seconds=usage.total_seconds,
+            resumed=usage.resumed,
         ),
         cache=_cache_message(finished.cache),
     )
@@ -272,7 +287,21 @@ def _sampling_message(sampling: SamplingParams) -> pb.SamplingParameters:
     )
 
 
-def load_message(load: Load) -> pb.GetLoadResponse:
-    """Pages and requests, in all and by worker."""
+def load_message(load: Load, streams: Iterable[StreamLoad] = (), *, with_layers: bool = False) -> pb.GetLoadResponse:
+    """Pages and requests, in all and by worker; each request of ``streams``, and each layer where asked for."""
     workers = [pb.WorkerLoad(**{name: getattr(worker, name) for name in _WORKER_FIELDS}) for worker in load.workers]
-    return pb.GetLoadResponse(**{name: getattr(load, name) for name in _PLAIN_LOAD_FIELDS}, workers=workers)
+    layers = [pb.LayerLoad(budget=layer.budget, slots=layer.slots) for layer in load.layers] if with_layers else []
+    return pb.GetLoadResponse(
+        **{name: getattr(load, name) for name in _PLAIN_LOAD_FIELDS},
+        workers=workers,
+        streams=map(_stream_load_message, streams),
+        layers=layers,
+    )
+
+
+def _stream_load_message(stream: StreamLoad) -> pb.StreamLoad:
+    return pb.StreamLoad(
+        **{name: getattr(stream, name) for name in _PLAIN_STREAM_FIELDS},
+        state=f"STREAM_STATE_{stream.state.upper()}",
+        policy=policy_number(stream.policy),
+    )

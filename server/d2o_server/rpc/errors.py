@@ -11,12 +11,15 @@ from d2o_server import errors
 STATUS_CODES: dict[type[errors.ServerError], grpc.StatusCode] = {
     errors.ServerError: grpc.StatusCode.INTERNAL,
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.OutOfDeviceMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
+    errors.NoWorker: grpc.StatusCode.UNAVAILABLE,
     errors.WorkerDied: grpc.StatusCode.UNAVAILABLE,
+    errors.WorkersLost: grpc.StatusCode.UNAVAILABLE,
     errors.EngineFailure: grpc.StatusCode.INTERNAL,
     errors.StartupError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelUnsupported: grpc.StatusCode.FAILED_PRECONDITION,
@@ -52,6 +55,6 @@ def status_of(error: BaseException, reference: str) -> Status:
     if code is grpc.StatusCode.INTERNAL:
         return Status(code, f"internal error; the server's log has it under generation {reference}")
     trailers: tuple[tuple[str, str], ...] = ()
-    if isinstance(error, errors.Overloaded):
+    if isinstance(error, errors.Overloaded | errors.Unavailable) and error.retry_after_ms is not None:
         trailers = ((RETRY_PUSHBACK, str(error.retry_after_ms)),)
     return Status(code, str(error)[:_MAX_DETAILS], trailers)

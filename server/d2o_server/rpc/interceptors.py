@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 import uuid
@@ -15,8 +14,13 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from d2o_server.errors import InvalidRequest, Overloaded
+from d2o_server.engine.types import Load
+from d2o_server.errors import InvalidRequest, Overloaded, Unauthenticated
+from d2o_server.rpc.auth import Authenticator, Caller, CallerLimits
 from d2o_server.rpc.errors import status_of
+from d2o_server.rpc.load_trailers import load_trailers
+from d2o_server.telemetry.calls import CallObserver, rejection_of
+from d2o_server.telemetry.logs import FIELDS, pairs
 
 SERVICE = "d2o_inference.v1.InferenceService"
 CLIENT_ID_KEY = "x-request-id"
@@ -42,29 +46,45 @@ class CallRecord:
 
     method: str
     client_id: str | None = None
+    caller: Caller | None = None
     generation_id: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    rejection: str | None = None
+    trace_id: str | None = None
+    queue_seconds: float | None = None
+    first_token_seconds: float | None = None
     status: str = grpc.StatusCode.OK.name
     began: float = field(default_factory=time.perf_counter)
 
-    def line(self) -> str:
-        """``key=value`` pairs; a value that is no plain word is quoted as JSON, so that one call stays one line."""
-        pairs = {
+    def fields(self) -> dict[str, object]:
+        """What is known of the call; durations in seconds."""
+        known = {
             "method": self.method,
             "status": self.status,
-            "generation": self.generation_id,
-            "request": self.client_id,
+            "rejection": self.rejection,
+            "caller": self.caller.name if self.caller is not None and self.caller.named else None,
+            **self.ids(),
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "seconds": f"{time.perf_counter() - self.began:.6f}",
+            "queue_seconds": _rounded(self.queue_seconds),
+            "first_token_seconds": _rounded(self.first_token_seconds),
+            "seconds": _rounded(time.perf_counter() - self.began),
         }
-        return " ".join(f"{key}={_quoted(value)}" for key, value in pairs.items() if value is not None)
+        return {key: value for key, value in known.items() if value is not None}
+
+    def ids(self) -> dict[str, str]:
+        """The ids that the call has so far."""
+        known = {"generation": self.generation_id, "request": self.client_id, "trace": self.trace_id}
+        return {key: value for key, value in known.items() if value is not None}
+
+    def line(self) -> str:
+        """``key=value`` pairs; a value that is no plain word is quoted as JSON, so that one call stays one line."""
+        return pairs(self.fields())
 
 
-def _quoted(value: object) -> str:
-    text = str(value)
-    return text if text.replace("-", "").replace("_", "").replace(".", "").isalnum() else json.dumps(text)
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
 
 
 _current: ContextVar[CallRecord] = ContextVar("d2o_server.rpc.call")
@@ -75,14 +95,36 @@ def current_call() -> CallRecord:
     return _current.get()
 
 
+def caller_of(call: CallRecord) -> Caller:
+    """Who made it; the interceptor found out before anything else."""
+    if call.caller is None:
+        raise AssertionError(f"{call.method} runs and nobody called it")
+    return call.caller
+
+
+def current_ids() -> dict[str, str]:
+    """The ids of the call that runs in this task; none outside of calls."""
+    call = _current.get(None)
+    return {} if call is None else call.ids()
+
+
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Bounds how many calls run at once, ends each with the status of its error, and logs it.
+    """Finds out who calls, bounds how many calls run at once, ends each with its error's status and the load, logs it.
 
     Calls of other services (health, reflection) pass untouched: a full server still answers its probes.
     """
 
-    def __init__(self, max_concurrent_rpcs: int) -> None:
+    def __init__(
+        self,
+        max_concurrent_rpcs: int,
+        load: Callable[[], Load],
+        observer: CallObserver | None = None,
+        authenticator: Authenticator | None = None,
+    ) -> None:
+        self._authenticator = authenticator or Authenticator(CallerLimits())
         self._limit = max_concurrent_rpcs
+        self._observer = observer or CallObserver()
+        self._load = load
         self._running = 0
 
     async def intercept_service(
@@ -95,55 +137,78 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         service, _, method = handler_call_details.method.lstrip("/").partition("/")
         if handler is None or service != SERVICE:
             return handler
+        try:
+            key = self._authenticator.key(handler_call_details.invocation_metadata)
+        except Unauthenticated as error:
+            return self._refusing(error, CallRecord(method, client_id=_client_id(handler_call_details)))
         streams = handler.response_streaming
         behaviour = _decoding(handler.unary_stream if streams else handler.unary_unary, handler.request_deserializer)
 
         async def call(payload: bytes, context: Context) -> Any:
-            record = CallRecord(method, client_id=_client_id(handler_call_details))
+            caller = self._authenticator.caller(key, context)
+            record = CallRecord(method, client_id=_client_id(handler_call_details), caller=caller)
             return await self._run(record, behaviour, payload, context)
 
         make: Any = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
         wrapped: grpc.RpcMethodHandler[Any, Any] = make(call, response_serializer=handler.response_serializer)
         return wrapped
 
+    def _refusing(self, error: Unauthenticated, record: CallRecord) -> grpc.RpcMethodHandler[Any, Any]:
+        # It takes a stream, so that not even one message is received of a caller who is not let in.
+        async def behaviour(_: Any, __: Context) -> None:
+            raise error
+
+        async def call(_: Any, context: Context) -> Any:
+            return await self._run(record, behaviour, b"", context)
+
+        handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(call)
+        return handler
+
     async def _run(self, record: CallRecord, behaviour: Behaviour, payload: bytes, context: Context) -> Any:
         token = _current.set(record)
+        record.trace_id = self._observer.trace_id()
         self._running += 1
         try:
             if self._running > self._limit and record.method not in _UNBOUNDED_METHODS:
-                raise Overloaded(f"{self._limit} calls are running, the server's limit", RETRY_AFTER_MS)
-            return await behaviour(payload, context)
+                raise Overloaded(f"{self._limit} calls are running, the server's limit", RETRY_AFTER_MS, "call_limit")
+            reply = await behaviour(payload, context)
+            context.set_trailing_metadata(load_trailers(self._load()))
+            return reply
         except (asyncio.CancelledError, grpc.aio.InternalError, grpc.aio.UsageError) as error:
             if isinstance(error, asyncio.CancelledError) and not _is_cancelled():
-                await _abort(error, record, context)
+                await self._abort(error, record, context)
             # The transport fails a write before it cancels the task when a caller goes away in between.
             record.status = _gone_status(context).name
             raise asyncio.CancelledError from error
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status and the log the cause
-            await _abort(error, record, context)
+            await self._abort(error, record, context)
         finally:
             self._running -= 1
             _current.reset(token)
-            _access.info(record.line())
+            self._observer.call_ended(record.method, record.status, record.rejection)
+            if _access.isEnabledFor(logging.INFO):
+                fields = record.fields()
+                _access.info(pairs(fields), extra={FIELDS: fields})
+
+    async def _abort(self, error: BaseException, record: CallRecord, context: Context) -> NoReturn:
+        reference = record.generation_id or f"none-{uuid.uuid4().hex[:12]}"
+        status = status_of(error, reference)
+        record.status = status.code.name
+        if record.generation_id is None:
+            record.rejection = rejection_of(error)
+        if status.is_defect:
+            _failures.error("generation %s failed in %s", reference, record.method, exc_info=error)
+        try:
+            await context.abort(status.code, status.details, (*status.trailers, *load_trailers(self._load())))
+        except grpc.aio.InternalError as gone:
+            # The caller's own deadline or cancel has ended the call already.
+            raise asyncio.CancelledError from gone
 
 
 def _is_cancelled() -> bool:
     # A CancelledError that nobody sent to this task leaked out of another one, and its caller still waits.
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-async def _abort(error: BaseException, record: CallRecord, context: Context) -> NoReturn:
-    reference = record.generation_id or f"none-{uuid.uuid4().hex[:12]}"
-    status = status_of(error, reference)
-    record.status = status.code.name
-    if status.is_defect:
-        _failures.error("generation %s failed in %s", reference, record.method, exc_info=error)
-    try:
-        await context.abort(status.code, status.details, status.trailers)
-    except grpc.aio.InternalError as gone:
-        # The caller's own deadline or cancel has ended the call already.
-        raise asyncio.CancelledError from gone
 
 
 def _decoding(behaviour: Any, decode: Any) -> Behaviour:

@@ -1,4 +1,4 @@
-"""How many generations a second one peer may start."""
+"""How many calls a second one caller may start."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from asyncio_throttle.throttler import Throttler
 
 from d2o_server.errors import Overloaded
 
-_MOST_PEERS = 10_000
+_MOST_CALLERS = 10_000
 _WINDOW = 1.0
 
 
 class _Window(Throttler):
-    """One peer's sliding window that also tells when it has room: a caller is sent away sooner than kept polling."""
+    """One caller's sliding window that also tells when it has room: one is sent away sooner than kept polling."""
 
     def seconds_until_free(self) -> float:
         """0 where a start would not wait."""
@@ -26,30 +26,31 @@ class _Window(Throttler):
 
 
 class RateLimit:
-    """A sliding window of one second a peer; a call above the rate is refused with the time until there is room.
+    """A sliding window of one second a caller; a call above the rate is refused with the time until there is room.
 
-    ``per_second`` 0 limits nothing. Peers that have not called for longest are forgotten first.
+    ``what`` names the calls. Callers that have not called for longest are forgotten first.
     """
 
-    def __init__(self, per_second: int) -> None:
-        self._per_second = per_second
-        self._peers: OrderedDict[str, _Window] = OrderedDict()
+    def __init__(self, what: str = "generations") -> None:
+        self._what = what
+        self._callers: OrderedDict[str, _Window] = OrderedDict()
 
-    async def admit(self, peer: str) -> None:
-        """Returns when ``peer`` (grpc's ``ipv4:address:port``) may start a generation.
+    async def admit(self, caller: str, per_second: int) -> None:
+        """Returns when ``caller`` may start a call; ``per_second`` 0 is always.
 
         Raises:
-            Overloaded: the peer has started as many as it may within the last second.
+            Overloaded: it has started as many as it may within the last second.
         """
-        if not self._per_second:
+        if not per_second:
             return
-        address = peer.rpartition(":")[0] or peer
-        window = self._peers.setdefault(address, _Window(self._per_second, period=_WINDOW))
-        self._peers.move_to_end(address)
-        if len(self._peers) > _MOST_PEERS:
-            self._peers.popitem(last=False)
+        window = self._callers.setdefault(caller, _Window(per_second, period=_WINDOW))
+        # The rate of a key may have changed.
+        window.rate_limit = per_second
+        self._callers.move_to_end(caller)
+        if len(self._callers) > _MOST_CALLERS:
+            self._callers.popitem(last=False)
         wait = window.seconds_until_free()
         if wait:
-            reason = f"more than {self._per_second} generations a second from {address}"
-            raise Overloaded(reason, math.ceil(1000 * wait) + 1)
+            reason = f"more than {per_second} {self._what} a second from {caller}"
+            raise Overloaded(reason, math.ceil(1000 * wait) + 1, "rate_limit")
         await window.acquire()  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,26 @@ from grpc_reflection.v1alpha import reflection
 from d2o_inference.v1 import inference_service_pb2_grpc as pb_grpc
 from d2o_server.engine.interface import Engine
 from d2o_server.errors import SettingsError, StartupError
+from d2o_server.rpc import tls
+from d2o_server.rpc.api_keys import KeyFile
+from d2o_server.rpc.auth import Authenticator, CallerLimits, OtherServicesInterceptor
 from d2o_server.rpc.health import HealthService
 from d2o_server.rpc.interceptors import SERVICE, CallInterceptor
-from d2o_server.rpc.rate_limit import RateLimit
 from d2o_server.rpc.service import InferenceService
+from d2o_server.telemetry.calls import CallObserver
+
+_LOWEST = {
+    "max_message_bytes": 1024,
+    "max_concurrent_rpcs": 1,
+    "max_connections": 0,
+    "rate_limit": 0,
+    "max_client_streams": 0,
+    "max_client_pages": 0,
+}
+# Until a connection has shaken hands, and HTTP/2 has agreed on its settings; gRPC's own is two minutes.
+_HANDSHAKE_SECONDS = 10
+# gRPC keeps milliseconds in 32 bits.
+_MOST_SECONDS = 2_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +44,16 @@ class RpcSettings:
         port: 0 takes any free port.
         reflection: serve grpc.reflection.
         max_message_bytes: largest request; answers are bounded by what was asked for.
-        rate_limit: generations a second that one peer may start; 0 is any number.
+        api_keys: file of the keys of which calls must carry one (:mod:`d2o_server.rpc.api_keys`); None is no keys.
+        rate_limit: generations, and tokenizations, a second that one caller may start; 0 is any number.
+        max_client_streams: generations that one caller with a key or certificate may run at once; 0 is any number.
+        max_client_pages: cache pages that its requests may reserve at once; 0 is any number.
         max_concurrent_rpcs: inference calls at once; more are refused with RESOURCE_EXHAUSTED and a pushback.
+        max_connections: connections at once; more are closed as soon as they are opened. 0 is any number.
+        max_connection_age: seconds after which a connection is asked to take its next calls elsewhere, spread by a
+            tenth to both sides; 0 is never.
+        max_connection_age_grace: seconds that its calls then get before they are cut; None is as long as they take.
+        log_prompts: write every prompt to the log.
         tls_certificate: PEM file of the certificate chain; TLS is on where it is set.
         tls_key: PEM file of its private key.
         tls_client_ca: PEM file of the authorities that callers' certificates must come from (mutual TLS).
@@ -37,10 +61,17 @@ class RpcSettings:
 
     host: str = "127.0.0.1"
     port: int = 50051
-    reflection: bool = True
-    max_message_bytes: int = 16 * 2**20
+    reflection: bool = False
+    max_message_bytes: int = 4 * 2**20
     max_concurrent_rpcs: int = 4096
+    max_connections: int = 1000
+    api_keys: Path | None = None
     rate_limit: int = 0
+    max_client_streams: int = 0
+    max_client_pages: int = 0
+    max_connection_age: float = 0.0
+    max_connection_age_grace: float | None = None
+    log_prompts: bool = False
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -50,9 +81,13 @@ class RpcSettings:
             raise SettingsError("host: got an empty string, allowed is a host name or address")
         if not 0 <= self.port <= 65535:
             raise SettingsError(f"port: got {self.port}, allowed is [0, 65535] (0 takes any free port)")
-        for name, low in (("max_message_bytes", 1024), ("max_concurrent_rpcs", 1), ("rate_limit", 0)):
+        for name, low in _LOWEST.items():
             if not low <= getattr(self, name) < 2**31:
                 raise SettingsError(f"{name}: got {getattr(self, name)}, allowed is [{low}, {2**31 - 1}]")
+        for name in ("max_connection_age", "max_connection_age_grace"):
+            given = getattr(self, name)
+            if given is not None and not 0 <= given <= _MOST_SECONDS:
+                raise SettingsError(f"{name}: got {given}, allowed is [0, {_MOST_SECONDS}] seconds")
         if (self.tls_certificate is None) != (self.tls_key is None):
             missing = "tls_key" if self.tls_key is None else "tls_certificate"
             raise SettingsError(
@@ -66,17 +101,32 @@ class RpcServer:
     """A grpc.aio server over an engine. Make it on the event loop that runs it.
 
     A shutdown that cuts nobody off: ``set_serving(False)``, a while in which calls are still taken, the engine's
-    ``drain``, then ``stop``.
+    ``drain``, then ``stop``. ``observer`` is told of every call; ``outer`` interceptors go around all others.
+
+    Raises:
+        SettingsError: the file of API keys cannot be used.
     """
 
-    def __init__(self, engine: Engine, settings: RpcSettings) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: RpcSettings,
+        observer: CallObserver | None = None,
+        outer: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
         self._settings = settings
         self._health = HealthService({health.OVERALL_HEALTH, SERVICE})
+        authenticator = _authenticator(settings)
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(settings.max_concurrent_rpcs)], options=_options(settings)
+            interceptors=[
+                *outer,
+                OtherServicesInterceptor(authenticator, SERVICE),
+                CallInterceptor(settings.max_concurrent_rpcs, engine.load, observer, authenticator),
+            ],
+            options=_options(settings),
         )
         pb_grpc.add_InferenceServiceServicer_to_server(
-            InferenceService(engine, RateLimit(settings.rate_limit)), self._server
+            InferenceService(engine, log_prompts=settings.log_prompts), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if settings.reflection:
@@ -117,8 +167,26 @@ class RpcServer:
         await self._server.wait_for_termination()
 
 
+def check_files(settings: RpcSettings) -> None:
+    """Reads what :class:`RpcServer` will read, so that a mistake shows before a model is loaded.
+
+    Raises:
+        SettingsError: a file cannot be read or used.
+    """
+    _authenticator(settings)
+    _credentials(settings)
+
+
+def _authenticator(settings: RpcSettings) -> Authenticator:
+    limits = CallerLimits(
+        rate=settings.rate_limit, streams=settings.max_client_streams, pages=settings.max_client_pages
+    )
+    keys = None if settings.api_keys is None else KeyFile(settings.api_keys)
+    return Authenticator(limits, keys, certificates=settings.tls_client_ca is not None)
+
+
 def _options(settings: RpcSettings) -> list[tuple[str, int]]:
-    return [
+    options = [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         # A second server on the same port is a mistake to report, not a load to share.
         ("grpc.so_reuseport", 0),
@@ -129,34 +197,23 @@ def _options(settings: RpcSettings) -> list[tuple[str, int]]:
         # Lets callers' own keepalive be as quick as once in 10 s.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.server_handshake_timeout_ms", 1000 * _HANDSHAKE_SECONDS),
+        # Above what is refused in words, so that no connection waits in silence for another's calls.
+        ("grpc.max_concurrent_streams", 2 * settings.max_concurrent_rpcs),
     ]
+    if settings.max_connections:
+        options.append(("grpc.max_allowed_incoming_connections", settings.max_connections))
+    if settings.max_connection_age > 0:
+        # gRPC spreads the age by a tenth of its own accord, so that clients do not all come back at once.
+        options.append(("grpc.max_connection_age_ms", max(1, round(settings.max_connection_age * 1000))))
+        if settings.max_connection_age_grace is not None:
+            options.append(("grpc.max_connection_age_grace_ms", round(settings.max_connection_age_grace * 1000)))
+    return options
 
 
 def _credentials(settings: RpcSettings) -> grpc.ServerCredentials | None:
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
-    chain = (_read("tls_key", settings.tls_key), _read("tls_certificate", settings.tls_certificate))
-    # gRPC itself says no more of unusable files than that it cannot bind.
-    check = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        check.load_cert_chain(settings.tls_certificate, settings.tls_key, password=lambda: "")
-    except ssl.SSLError as error:
-        given = f"{settings.tls_certificate}, {settings.tls_key}"
-        allowed = f"a PEM certificate and its unencrypted key ({error.reason or error})"
-        raise SettingsError(f"tls_certificate, tls_key: got {given}, allowed is {allowed}") from error
-    if settings.tls_client_ca is None:
-        return grpc.ssl_server_credentials([chain])
-    authorities = _read("tls_client_ca", settings.tls_client_ca)
-    try:
-        check.load_verify_locations(settings.tls_client_ca)
-    except ssl.SSLError as error:
-        allowed = "PEM certificates"
-        raise SettingsError(f"tls_client_ca: got {settings.tls_client_ca}, allowed is {allowed}") from error
-    return grpc.ssl_server_credentials([chain], root_certificates=authorities, require_client_auth=True)
-
-
-def _read(name: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{name}: got {path}, allowed is a readable PEM file ({error.strerror})") from error
+    return tls.credentials(
+        tls.TlsFiles(certificate=settings.tls_certificate, key=settings.tls_key, client_ca=settings.tls_client_ca)
+    )

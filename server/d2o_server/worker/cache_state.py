@@ -13,7 +13,10 @@ from d2o_server.worker.prompt_scores import PromptScores
 
 @dataclass(slots=True, eq=False)
 class SequenceCache:
-    """One sequence's place in the pool. ``spans`` are (time spent on compression, share of it) pairs."""
+    """One sequence's place in the pool.
+
+    ``spans`` are (time spent on compression, share of it) pairs, of which the first ``prompt_spans`` were its prompt's.
+    """
 
     row: int
     config: D2OConfig
@@ -25,6 +28,7 @@ class SequenceCache:
     compressed: bool = False
     peak_pages: int = 0
     spans: list[tuple[Span, float]] = field(default_factory=list)
+    prompt_spans: int = 0
 
 
 @dataclass(frozen=True, slots=True)

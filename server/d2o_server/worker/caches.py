@@ -12,6 +12,7 @@ from d2o import budget
 from d2o.attention import ScoreTarget
 from d2o.config import D2OConfig, LayerBudgets, Policy
 from d2o_server.engine.memory import CacheShape, Reservation
+from d2o_server.engine.messages import CacheState
 from d2o_server.engine.types import CacheFacts, LayerCache
 from d2o_server.worker.cache_ops import CacheOps
 from d2o_server.worker.cache_state import CacheLengths, SequenceCache
@@ -137,6 +138,7 @@ class CacheManager:
                 self._evict(layers, torch.full_like(layers, cache.row), cache.config, window)
             cache.scores = None
             self._trim_windows(cache)
+        cache.prompt_spans = len(cache.spans) if cache.compressed else 0
         return self.pages_needed(cache)
 
     @staticmethod
@@ -275,6 +277,17 @@ class CacheManager:
             window=window,
         )
 
+    def state(self) -> CacheState:
+        """What all open caches hold at this moment."""
+        compressed = [cache.row for cache in self.by_row.values() if cache.compressed]
+        budgets = self.keep[:, compressed].double().mean(1).tolist() if compressed else [0.0] * self.pool.layers
+        return CacheState(
+            tokens=int(self.seen[list(self.by_row)].sum()),
+            compressed=len(compressed),
+            slots=tuple(self.pool.used.sum(1).tolist()),
+            budgets=tuple(budgets),
+        )
+
     def facts(self, cache: SequenceCache) -> CacheFacts:
         """What became of the sequence's tokens, layer by layer."""
         used = self.pool.used[:, cache.row].tolist()
@@ -291,7 +304,11 @@ class CacheManager:
         )
         seen = int(self.seen[cache.row])
         reached = sum(used) / (seen * self.pool.layers) if seen else 1.0
-        seconds = sum(share * span.seconds() for span, share in cache.spans)
+        seconds = [share * span.seconds() for span, share in cache.spans]
         return CacheFacts(
-            layers=layers, ratio_reached=reached, peak_pages=cache.peak_pages, compression_seconds=seconds
+            layers=layers,
+            ratio_reached=reached,
+            peak_pages=cache.peak_pages,
+            compression_seconds=sum(seconds),
+            prompt_compression_seconds=sum(seconds[: cache.prompt_spans]),
         )

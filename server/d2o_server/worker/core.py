@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 
 from d2o_server.engine.memory import CacheShape, reserve
 from d2o_server.engine.messages import (
     Admitted,
+    CacheState,
     Cancel,
     Ended,
     Failed,
@@ -24,6 +26,7 @@ from d2o_server.errors import EngineFailure, OutOfDeviceMemory, ServerError
 from d2o_server.worker.runner import Launched, Runner, Sampled, StepOutcome
 
 _log = logging.getLogger(__name__)
+_CACHE_STATE_SECONDS = 0.5
 
 
 class WorkerCore:
@@ -42,6 +45,7 @@ class WorkerCore:
         self._check_every_step = check_integrity
         self._changes = _Changes()
         self._under_way: deque[Launched] = deque()
+        self._cache_state_due = 0.0
         self.in_lockstep = False
 
     def __bool__(self) -> bool:
@@ -59,8 +63,10 @@ class WorkerCore:
         if isinstance(message, Cancel):
             self._drop(sequence)
             self._changes.cancelled.append(sequence.id)
-        else:
+        elif sequence.stage is Stage.DECODE and not sequence.replaying:
             self._end(sequence, FinishReason.STOP)
+        else:
+            sequence.stopping = True
 
     def _submit(self, message: Submit) -> None:
         try:
@@ -69,6 +75,7 @@ class WorkerCore:
             self._changes.failed.append(Failed(message.id, type(error).__name__, str(error)))
 
     def _sequence(self, message: Submit) -> Sequence:
+        reservation = reserve(self.shape, message.config, len(message.prompt), message.max_new_tokens)
         return Sequence(
             id=message.id,
             prompt=message.prompt,
@@ -77,7 +84,12 @@ class WorkerCore:
             config=message.config,
             end_ids=message.end_ids,
             max_new_tokens=message.max_new_tokens,
-            reservation=reserve(self.shape, message.config, len(message.prompt), message.max_new_tokens),
+            reservation=reservation,
+            due=message.due,
+            known=message.output,
+            resumed=message.resumed,
+            # A layer with a sliding window would hold more while it reads all this than was reserved for the prompt.
+            rereads=not reservation.config.enabled and self.shape.full_layers == len(self.shape.windows),
         )
 
     def admit(self) -> StepReport | None:
@@ -118,7 +130,15 @@ class WorkerCore:
 
     def _report(self) -> StepReport:
         changes, self._changes = self._changes, _Changes()
-        return changes.report(self.pool_state())
+        return changes.report(self.pool_state(), self._cache_state())
+
+    def _cache_state(self) -> CacheState | None:
+        """Seldom, because it looks at every row of every layer; always when nothing runs, for nothing follows then."""
+        now = time.monotonic()
+        if self.scheduler and now < self._cache_state_due:
+            return None
+        self._cache_state_due = now + _CACHE_STATE_SECONDS
+        return self.runner.caches.state()
 
     def _launch(self, plan: StepPlan) -> None:
         scored: set[int] = set()
@@ -153,7 +173,13 @@ class WorkerCore:
 
     def _accept(self, sampled: Sampled) -> None:
         sequence, token = sampled.sequence, sampled.token
+        replayed = sequence.replaying
         sequence.output.append(token)
+        if sequence.stopping and not sequence.replaying:
+            self._end(sequence, FinishReason.STOP)
+            return
+        if replayed:
+            return
         logprobs = sampled.logprobs
         if logprobs is None:
             self._changes.tokens.append(NewToken(sequence.id, token))
@@ -235,9 +261,10 @@ class _Changes:
     def __bool__(self) -> bool:
         return bool(self.admitted or self.tokens or self.ended or self.failed or self.cancelled)
 
-    def report(self, pool: PoolState) -> StepReport:
+    def report(self, pool: PoolState, cache: CacheState | None) -> StepReport:
         return StepReport(
             pool=pool,
+            cache=cache,
             admitted=tuple(self.admitted),
             tokens=tuple(self.tokens),
             ended=tuple(self.ended),

@@ -25,7 +25,9 @@ from d2o_server.engine.messages import (
     decode_to_worker,
     encode,
 )
+from d2o_server.engine.pulse import keep_beating, pulse_file
 from d2o_server.errors import StartupError
+from d2o_server.telemetry import logs
 from d2o_server.worker.build import build_worker
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.rank_processes import ranks_of
@@ -43,10 +45,12 @@ def main() -> None:
     ``RANK`` 0, the default, is started by the front; the others by rank 0.
     """
     address, parent, rank, *_ = (*sys.argv[1:], "0")
-    logging.basicConfig(level=os.environ.get("D2O_LOG_LEVEL", "INFO"), format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure(os.environ.get("D2O_LOG_LEVEL", "INFO"), os.environ.get("D2O_LOG_FORMAT", "text"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+    if rank == "0":
+        keep_beating(pulse_file(address))
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 1000)
@@ -137,6 +141,7 @@ def _start(say: Callable[[FromWorker], None], settings: WorkerSettings, ranks: R
         page_bytes=worker.page_bytes,
         pool=worker.core.pool_state(),
         max_model_len=worker.max_model_len,
+        device=str(worker.core.runner.caches.pool.device),
     )
     say(ready)
     return worker.core

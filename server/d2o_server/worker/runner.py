@@ -16,7 +16,7 @@ from d2o_server.engine.types import CacheFacts
 from d2o_server.errors import OutOfDeviceMemory, ServerError
 from d2o_server.worker.cache_state import SequenceCache
 from d2o_server.worker.caches import CacheManager
-from d2o_server.worker.sampler import RowLogprobs, Sampler, SamplingState
+from d2o_server.worker.sampler import RowLogprobs, SampledBatch, Sampler, SamplingState
 
 
 @dataclass(slots=True)
@@ -98,9 +98,13 @@ class Runner(ABC):
 
     def open(self, sequence: Sequence) -> None:
         """Gives an admitted sequence a row of the pool."""
-        cache = self.caches.open(sequence.reservation, len(sequence.prompt), sequence.total_tokens)
+        cache = self.caches.open(sequence.reservation, len(sequence.reading), sequence.total_tokens)
         sampling = SamplingState(
-            sequence.sampling, seed=sequence.seed, prompt_ids=sequence.prompt, end_ids=sequence.end_ids
+            sequence.sampling,
+            seed=sequence.seed,
+            prompt_ids=sequence.prompt,
+            end_ids=sequence.end_ids,
+            output_ids=sequence.known,
         )
         self.running[sequence.id] = Running(cache, sampling)
 
@@ -164,6 +168,20 @@ class Runner(ABC):
                 fault = OutOfDeviceMemory("the device ran out of memory compressing the prompt")
                 launched.failed.append((sequence, fault))
         self.caches.evict_due()
+
+    def _choose(self, logits: Tensor, sequences: list[Sequence]) -> SampledBatch:
+        """A token for each row of ``logits``: the known one where the sequence is replayed, otherwise a sampled one."""
+        states = [self.running[sequence.id].sampling for sequence in sequences]
+        free = [row for row, sequence in enumerate(sequences) if sequence.forced is None]
+        if len(free) == len(sequences):
+            return self.sampler.sample(logits, states)
+        batch = SampledBatch([sequence.forced or 0 for sequence in sequences], [None] * len(sequences))
+        if free:
+            part = self.sampler.sample(logits[free], [states[row] for row in free])
+            for place, row in enumerate(free):
+                batch.token_ids[row], batch.logprobs[row] = part.token_ids[place], part.logprobs[place]
+            batch.failures = {free[place]: failure for place, failure in part.failures.items()}
+        return batch
 
     def _rows(self, sequences: tuple[Sequence, ...]) -> Tensor:
         return torch.tensor([self.running[s.id].cache.row for s in sequences], dtype=torch.int64)

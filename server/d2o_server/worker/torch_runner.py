@@ -69,7 +69,7 @@ class TorchRunner(Runner):
         positions = [s.next_position for s in plan.decode]
         sampled = list(range(len(tokens)))
         for part in plan.prefill:
-            tokens.extend(part.sequence.prompt[part.start : part.start + part.count])
+            tokens.extend(part.sequence.reading[part.start : part.start + part.count])
             positions.extend(range(part.start, part.start + part.count))
             if part.last:
                 sampled.append(len(tokens) - 1)
@@ -88,7 +88,7 @@ class TorchRunner(Runner):
         outcome = StepOutcome()
         if not sequences:
             return outcome
-        batch = self.sampler.sample(logits, [self.running[s.id].sampling for s in sequences])
+        batch = self._choose(logits, sequences)
         for row, sequence in enumerate(sequences):
             if row in batch.failures:
                 outcome.failed.append((sequence, batch.failures[row]))

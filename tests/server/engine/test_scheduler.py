@@ -15,7 +15,9 @@ from d2o_server.engine.types import SamplingParams
 NONE = D2OConfig(policy=Policy.NONE)
 
 
-def sequence(name: str, pages: int = 1, prompt: int = 10, resident: int | None = None) -> Sequence:
+def sequence(
+    name: str, pages: int = 1, prompt: int = 10, resident: int | None = None, due: float = 0.0, resumed: bool = False
+) -> Sequence:
     return Sequence(
         id=name,
         prompt=tuple(range(prompt)),
@@ -25,6 +27,8 @@ def sequence(name: str, pages: int = 1, prompt: int = 10, resident: int | None =
         end_ids=(),
         max_new_tokens=5,
         reservation=Reservation(peak=pages, resident=resident or pages, config=NONE, budget=0),
+        due=due,
+        resumed=resumed,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from d2o.config import D2OConfig
+from d2o.config import D2OConfig, Policy
 from d2o_server.engine.types import (
     CacheFacts,
     Chunk,
@@ -14,11 +14,13 @@ from d2o_server.engine.types import (
     FinishReason,
     GenerationRequest,
     LayerCache,
+    LayerLoad,
     Load,
     ModelInfo,
     Prompt,
     SamplingParams,
     Started,
+    StreamLoad,
     TokenLogprob,
     Tokens,
     TopLogprob,
@@ -37,7 +39,9 @@ CHUNKS = (
 FINISHED = Finished(
     reason=FinishReason.STOP,
     stop_string="\n",
-    usage=Usage(prompt_tokens=5, completion_tokens=4, queue_seconds=0.25, first_token_seconds=0.5, total_seconds=1.5),
+    usage=Usage(
+        prompt_tokens=5, completion_tokens=4, queue_seconds=0.25, first_token_seconds=0.5, total_seconds=1.5, resumed=1
+    ),
     cache=CacheFacts(
         layers=(
             LayerCache(budget=6, kept=6, merged=1.5, dropped=1.5),
@@ -78,7 +82,28 @@ LOAD = Load(
     waiting=2,
     waiting_prompt_tokens=4000,
     draining=True,
-    workers=(WorkerLoad(index=1, serving=True, pages_total=640, pages_free=500, running=3),),
+    workers=(WorkerLoad(index=1, serving=True, pages_total=640, pages_free=500, running=3, restarts=2),),
+    logical_tokens=900,
+    physical_tokens=412.5,
+    read_tokens=10_000,
+    generated_tokens=2**33,
+    layers=(LayerLoad(budget=256.5, slots=800), LayerLoad(budget=0.0, slots=25)),
+)
+
+STREAMS = tuple(
+    StreamLoad(
+        generation_id=f"gen-{number}",
+        worker=1,
+        state=state,
+        prompt_tokens=300,
+        completion_tokens=20,
+        max_new_tokens=64,
+        reserved_pages=9,
+        policy=Policy.H2O,
+        budget_per_layer=60,
+        seconds=2.5,
+    )
+    for number, state in enumerate(("decode", "prefill", "waiting"))
 )
 
 Step = Event | BaseException | float
@@ -101,6 +126,9 @@ class ScriptedEngine:
 
     def load(self) -> Load:
         return LOAD
+
+    def streams(self, most: int) -> tuple[StreamLoad, ...]:
+        return STREAMS[:most]
 
     async def tokenize(self, prompt: Prompt, with_text: bool = False) -> Tokens:
         ids = tuple(range(len(prompt)))

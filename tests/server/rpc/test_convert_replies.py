@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from d2o_inference.v1 import inference_service_pb2 as pb
 from d2o_server.engine.types import Chunk, FinishReason, SamplingParams, Tokens
 from d2o_server.rpc import convert
-from tests.server.rpc.scripted_engine import CHUNKS, FINISHED, LOAD, MODEL, STARTED
+from tests.server.rpc.scripted_engine import CHUNKS, FINISHED, LOAD, MODEL, STARTED, STREAMS
 
 
 def unset_fields(message: Message) -> list[str]:
@@ -84,10 +84,22 @@ def test_the_reported_default_sampling_asked_for_is_the_default() -> None:
 
 
 def test_load_sets_every_field() -> None:
-    message = convert.load_message(LOAD)
+    message = convert.load_message(LOAD, STREAMS, with_layers=True)
     assert unset_fields(message) == []
     assert unset_fields(message.workers[0]) == []
+    assert unset_fields(message.streams[0]) == []
+    assert unset_fields(message.layers[0]) == []
+    assert [stream.state for stream in message.streams] == [
+        *(pb.STREAM_STATE_DECODE, pb.STREAM_STATE_PREFILL, pb.STREAM_STATE_WAITING)
+    ]
+    assert message.streams[0].policy == pb.COMPRESSION_POLICY_H2O
     assert message.waiting_prompt_tokens == 4000
+
+
+def test_streams_and_layers_are_left_out_unless_they_are_asked_for() -> None:
+    message = convert.load_message(LOAD)
+    assert (len(message.streams), len(message.layers)) == (0, 0)
+    assert message.generated_tokens == 2**33
 
 
 def test_tokens_keep_their_order() -> None:

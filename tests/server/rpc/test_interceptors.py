@@ -55,6 +55,8 @@ async def test_a_finished_generation_is_one_line_of_facts(serve: Serve, access: 
         "request": "caller-1",
         "prompt_tokens": "5",
         "completion_tokens": "4",
+        "queue_seconds": "0.25",
+        "first_token_seconds": "0.5",
     }
 
 

@@ -29,7 +29,7 @@ async def reflected(channel: Any, **request: Any) -> Any:
 
 
 async def test_reflection_describes_the_service_to_tools(serve: Serve) -> None:
-    channel = await serve(ScriptedEngine())
+    channel = await serve(ScriptedEngine(), reflection=True)
     listed = (await reflected(channel, list_services="")).list_services_response
     assert {service.name for service in listed.service} >= {SERVICE, "grpc.health.v1.Health"}
     described = await reflected(channel, file_containing_symbol=SERVICE)
@@ -38,8 +38,8 @@ async def test_reflection_describes_the_service_to_tools(serve: Serve) -> None:
     assert methods >= {"GenerateText", "StreamGenerateText", "Tokenize", "GetModelInfo", "GetLoad"}
 
 
-async def test_reflection_can_be_left_out(serve: Serve) -> None:
-    channel = await serve(ScriptedEngine(), reflection=False)
+async def test_there_is_no_reflection_unless_it_is_asked_for(serve: Serve) -> None:
+    channel = await serve(ScriptedEngine())
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await reflected(channel, list_services="")
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -65,6 +65,17 @@ async def test_model_info_and_load_are_the_engines(serve: Serve) -> None:
     assert (load.pages_free, load.draining, load.workers[0].index) == (LOAD.pages_free, True, 1)
 
 
+async def test_streams_and_layers_come_where_they_are_asked_for(serve: Serve) -> None:
+    stub = InferenceServiceStub(await serve(ScriptedEngine()))
+    load = await stub.GetLoad(pb.GetLoadRequest(max_streams=2, with_layers=True))
+    assert [stream.generation_id for stream in load.streams] == ["gen-0", "gen-1"]
+    assert [layer.slots for layer in load.layers] == [800, 25]
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.GetLoad(pb.GetLoadRequest(max_streams=1025))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.details() == "max_streams: got 1025 streams, allowed is at most 1024"
+
+
 async def test_the_callers_deadline_and_request_id_reach_the_engine(serve: Serve) -> None:
     engine = ScriptedEngine()
     stub = InferenceServiceStub(await serve(engine))

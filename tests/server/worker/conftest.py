@@ -156,7 +156,9 @@ class Harness:
         seed: int = 7,
         end_ids: tuple[int, ...] = (),
         sampling: SamplingParams | None = None,
+        output: Sequence[int] | None = None,
     ) -> str:
+        """Submits a request; ``output`` are tokens of a worker that had it before, None where none had."""
         name = name or str(len(self.answers))
         self.answers[name] = Answer()
         self.core.handle(
@@ -168,6 +170,8 @@ class Harness:
                 config=config,
                 end_ids=end_ids,
                 max_new_tokens=new,
+                output=tuple(output or ()),
+                resumed=output is not None,
             )
         )
         return name

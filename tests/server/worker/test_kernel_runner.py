@@ -196,3 +196,21 @@ def test_a_draw_from_logits_that_are_no_numbers_is_a_token_all_the_same(
     ids = draw_rows(Logits(logits, *greedy(pad_vocabulary(logits))), states)
     assert 0 <= int(ids[1]) < vocabulary
     assert (ids[0], ids[2]) == (good[0], good[2])
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=1.0), SamplingParams(repetition_penalty=1.3)])
+def test_what_is_resumed_goes_on_as_it_would_have_beside_what_is_new(sampling: SamplingParams) -> None:
+    """One that is replayed step by step, one that is read again and one that starts now."""
+    prompts, configs = random_prompts((45, 9, 12), seed=9), (POLICIES["default"], NONE, NONE)
+    whole, known = Harness(served_model("tiny-llama")), (4, 3, 0)
+    for index, prompt in enumerate(prompts):
+        whole.submit(prompt, configs[index], seed=index, new=NEW, sampling=sampling)
+    expected = list(whole.run().values())
+    harness = KernelHarness(chunk=64)
+    for index, prompt in enumerate(prompts):
+        output = expected[index].tokens[: known[index]]
+        harness.submit(prompt, configs[index], seed=index, new=NEW, sampling=sampling, output=output)
+    answered = harness.run().values()
+    assert [answer.tokens for answer in answered] == [
+        answer.tokens[count:] for answer, count in zip(expected, known, strict=True)
+    ]

@@ -133,7 +133,7 @@ class KernelRunner(Runner):
             ids.append(self._last_token[decode.rows.long()])
             positions.append(decode.positions)
         if prefill is not None:
-            prompts = [part.sequence.prompt[part.start : part.start + part.count] for part in plan.prefill]
+            prompts = [part.sequence.reading[part.start : part.start + part.count] for part in plan.prefill]
             ids.append(upload(torch.tensor([token for prompt in prompts for token in prompt]), device))
             positions.append(prefill.positions)
             keep += [c.end - 1 for c, part in zip(prefill.chunks, plan.prefill, strict=True) if part.last]
@@ -176,11 +176,16 @@ class KernelRunner(Runner):
         rows = upload(torch.tensor([each.cache.row for each in running]), device)
         states = [each.sampling for each in running]
         if any(state.needs_host for state in states):
-            batch = self.sampler.sample(result.logits, states)
+            batch = self._choose(result.logits, sequences)
             self._last_token[rows] = upload(torch.tensor(batch.token_ids).clamp_(min=0), device)
             return Known(sequences, batch)
         ids = draw_rows(result, states)
-        for state in states:
-            state.generated += 1
+        replayed = [row for row, sequence in enumerate(sequences) if sequence.forced is not None]
+        if replayed:
+            ids = ids.clone()
+            known = torch.tensor([sequences[row].forced for row in replayed])
+            ids[upload(torch.tensor(replayed), device)] = upload(known, device)
+        for sequence, state in zip(sequences, states, strict=True):
+            state.generated += sequence.forced is None
         self._last_token[rows] = ids
         return UnderWay(sequences, Download.start(ids, result.best))

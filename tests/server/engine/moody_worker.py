@@ -1,0 +1,36 @@
+"""The worker process, and a file that says what goes wrong in it: ``refuse`` a start, ``die`` or ``hang`` in a step."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from d2o_server.engine.messages import StepReport
+from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.process import main
+
+MOOD = "D2O_TEST_MOOD"
+_step = WorkerCore.step
+
+
+def mood() -> str:
+    path = Path(os.environ[MOOD])
+    return path.read_text() if path.exists() else ""
+
+
+def step(core: WorkerCore) -> StepReport:
+    # Not in the warm-up, for which no front waits.
+    if core.scheduler.find("warm-up") is None:
+        if mood() == "die":
+            os._exit(3)
+        while mood() == "hang":
+            time.sleep(0.1)
+    return _step(core)
+
+
+if __name__ == "__main__":
+    if mood() == "refuse":
+        raise SystemExit(4)
+    WorkerCore.step = step  # type: ignore[method-assign, assignment]
+    main()
