@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PYTHON_CODE := d2o server client tests benchmarks scripts
 ARGS ?=
 
-.PHONY: help setup serve test lint proto bench lock format clean
+.PHONY: help setup serve test load lint proto bench lock format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ serve: $(READY) ## Start the server; flags go into ARGS="--model ... --port ..."
 
 test: $(READY) ## Run the tests; pytest's flags go into ARGS
 	@$(BIN)/python -m pytest $(ARGS)
+
+load: $(READY) ## Load a tiny server with Locust, report in load-report/; its flags go into ARGS
+	@$(BIN)/python -m tests.load.run $(ARGS)
 
 lint: $(READY) ## Check style, types, contract, stubs, Dockerfile, scripts and manifests
 	@scripts/lint.sh $(VENV) $(PYTHON_CODE)

@@ -36,11 +36,15 @@ _TEXT = (
     *("d2o_server.engine.types", *_SHARED, "transformers", "tokenizers", "jinja2"),
 )
 _CHECKPOINTS = ("transformers", "tokenizers", "safetensors", "gguf", "accelerate", "huggingface_hub")
-_WORKER = ("d2o_server.worker", "d2o_server.engine", *_SHARED, "d2o", "torch", "numpy", "msgspec", "zmq")
+_WORKER = (
+    *("d2o_server.worker", "d2o_server.engine", "d2o_server.telemetry.logs", *_SHARED),
+    *("d2o", "torch", "numpy", "msgspec", "zmq"),
+)
 _RPC = (
     *("d2o_server.rpc", "d2o_server.engine.interface", "d2o_server.engine.types", "d2o_server.telemetry", *_SHARED),
     *("d2o_inference", "grpc", "grpc_health", "grpc_reflection", "google.protobuf", "asyncio_throttle"),
 )
+_TELEMETRY = ("d2o_server.telemetry", "d2o_server.engine.types", "d2o_server.engine.observer", *_SHARED)
 
 # A module falls under the longest name that it starts with.
 TABLE = {
@@ -52,8 +56,11 @@ TABLE = {
     "d2o_server": Row(()),
     "d2o_server.__main__": Row(("d2o_server.app", *_SHARED)),
     "d2o_server.app": Row((ANYTHING,)),
-    "d2o_server.settings": Row((*_SHARED, "d2o_server.engine.messages")),
-    "d2o_server.telemetry": Row(("d2o_server.engine.types", *_SHARED, "prometheus_client")),
+    "d2o_server.healthcheck": Row(("grpc", "grpc_health", *_SHARED)),
+    "d2o_server.keys": Row(("d2o_server.rpc.api_keys", "d2o_server.engine.types", *_SHARED)),
+    "d2o_server.settings": Row((*_SHARED, "d2o_server.engine.messages", "d2o_server.engine.supervision")),
+    "d2o_server.telemetry": Row((*_TELEMETRY, "prometheus_client", "grpc")),
+    "d2o_server.telemetry.tracing": Row((*_TELEMETRY, "opentelemetry", "grpc")),
     "d2o_server.chat": Row(_TEXT),
     "d2o_server.detokenizer": Row(_TEXT),
     "d2o_server.tokenizer": Row(_TEXT),

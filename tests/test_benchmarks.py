@@ -18,6 +18,7 @@ from benchmarks import (
     equal_pool,
     front,
     front_model,
+    observed,
     plot,
     throughput,
 )
@@ -324,3 +325,13 @@ def test_streams_are_measured_and_drawn_under_both_policies(tmp_path: Path) -> N
         for run in line["runs"]:
             assert run["prompts_in"]["output_tokens_per_second"] > 0
     assert (tmp_path / "concurrency_gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_observed_runs_with_everything_off_and_on(tmp_path: Path) -> None:
+    observed.main(["--streams", "3", "--tokens", "5", "--repeats", "1", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "observed.json").read_text())
+    off, on = result["runs"]
+    assert (off["observed"], off["spans"]) == (False, 0)
+    # A call, its queue, prefill and decode.
+    assert (on["observed"], on["spans"], on["tokens"]) == (True, 4 * 3, 15)
+    assert result["observed_over_not"]["tokens_per_second"] == on["tokens_per_second"] / off["tokens_per_second"]

@@ -94,10 +94,8 @@ def test_the_settings_table_has_every_flag_with_its_variable_and_default() -> No
 
 
 def test_a_variable_of_the_table_sets_what_its_flag_sets() -> None:
-    settings = from_arguments(
-        [], {"D2O_SERVE_PORT": "50052", "D2O_SERVE_REFLECTION": "false", "D2O_SERVE_RATIO": "0.2"}
-    )
-    assert settings == from_arguments(["--port", "50052", "--no-reflection", "--ratio", "0.2"], {})
+    settings = from_arguments([], {"D2O_SERVE_PORT": "50052", "D2O_SERVE_REFLECTION": "true", "D2O_SERVE_RATIO": "0.2"})
+    assert settings == from_arguments(["--port", "50052", "--reflection", "--ratio", "0.2"], {})
     assert settings != from_arguments([], {})
 
 
