@@ -10,7 +10,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from d2o_client import AsyncClient, HealthStatus, Policy
-from tests.e2e.processes import ServerProcess
+from tests.e2e.conftest import Launch
+from tests.e2e.processes import TINY, ServerProcess
 
 
 async def test_the_model_is_described(client: AsyncClient) -> None:
@@ -50,7 +51,8 @@ async def test_health_is_serving_and_can_be_watched(client: AsyncClient, server:
         watch.cancel()
 
 
-async def test_tools_can_discover_the_services(server: ServerProcess) -> None:
+async def test_tools_can_discover_the_services_where_they_may(launch_server: Launch) -> None:
+    server = launch_server(*TINY, "--num-pages", "1000", "--reflection")
     async with grpc.aio.insecure_channel(server.target) as channel:
         plain: Any = channel  # the stub's annotations know the blocking channel only
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(plain)
