@@ -58,16 +58,17 @@ set -e
 root=$1
 mount -t tmpfs -o mode=755 none "$root"
 shift
-for folder in /usr /bin /lib /lib64 /etc "$@"; do
-    mkdir -p "$root${folder%/*}"
-    if [ -L "$folder" ]; then
-        cp -P "$folder" "$root$folder"
-    elif [ -d "$folder" ]; then
-        mkdir -p "$root$folder"
-        mount --bind "$folder" "$root$folder"
-        mount -o remount,bind,ro "$root$folder"
+show() {
+    mkdir -p "$root${1%/*}"
+    if [ -L "$1" ]; then
+        cp -P "$1" "$root$1"
+    elif [ -d "$1" ]; then
+        mkdir -p "$root$1"
+        mount --bind "$1" "$root$1"
+        mount -o remount,bind,ro "$root$1"
     fi
-done
+}
+for folder in /usr /bin /lib /lib64 /etc; do show "$folder"; done
 mkdir "$root/dev" "$root/proc"
 mount --rbind /dev "$root/dev"
 mount --rbind /proc "$root/proc"
@@ -83,6 +84,8 @@ def confined(demo: list[Manifest], environment: dict[str, str], *arguments: str)
         options = f"mode=2775,gid={user['fsGroup']}"
         steps.append(f'mkdir -p "$root{mount["mountPath"]}"')
         steps.append(f'mount -t tmpfs -o {options} none "$root{mount["mountPath"]}"')
+    # After the volumes: this checkout may lie below one of them.
+    steps.append('for folder in "$@"; do show "$folder"; done')
     steps.append('mount -o remount,ro "$root"')
     drop = ["setpriv", f"--reuid={user['runAsUser']}", f"--regid={user['runAsGroup']}", f"--groups={user['fsGroup']}"]
     drop += ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
