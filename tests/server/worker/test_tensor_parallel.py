@@ -27,6 +27,7 @@ from d2o_server.engine.messages import (
     decode_from_worker,
     encode,
 )
+from d2o_server.engine.pulse import Pulse, pulse_file
 from d2o_server.engine.types import SamplingParams
 from d2o_server.errors import ModelUnsupported, OutOfDeviceMemory, SettingsError
 from d2o_server.models.describe import describe
@@ -95,6 +96,7 @@ class Client:
 def worker(settings: WorkerSettings, folder: Path) -> Iterator[Client]:
     """A worker process, which must end by itself when it is told to."""
     address = f"ipc://{folder}/front"
+    pulse = Pulse(pulse_file(address), create=True)
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 0)
     socket.bind(address)
@@ -109,6 +111,7 @@ def worker(settings: WorkerSettings, folder: Path) -> Iterator[Client]:
         process.kill()
         process.wait()
         socket.close()
+        pulse.close()
 
 
 def submissions() -> dict[str, Submit]:
