@@ -48,8 +48,8 @@ async def test_a_rank_that_dies_takes_its_worker_along_which_comes_back(
     leader = split_server.worker()
     (other,) = leader.children()
     async with AsyncClient(split_server.target, retry=NO_RETRY) as client:
-        alone = await client.generate("x", max_new_tokens=1500, ignore_end_of_text=True)
-        stream = client.stream("x", max_new_tokens=1500, ignore_end_of_text=True)
+        alone = await client.generate("x", max_new_tokens=300, ignore_end_of_text=True)
+        stream = client.stream("x", max_new_tokens=300, ignore_end_of_text=True)
         await anext(stream)
         (other if killed == "rank 1" else leader).kill()
         await gone(leader, other)
