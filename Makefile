@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PYTHON_CODE := d2o server client tests benchmarks scripts
 ARGS ?=
 
-.PHONY: help setup serve test load lint proto bench lock format clean
+.PHONY: help setup serve test load lint proto bench quality lock format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: $(READY) ## Run every benchmark, or ONLY="concurrency"; its flags go into
 	@for name in $(or $(ONLY),$(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))))); do \
 		echo "bench: $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); \
 	done
+
+quality: $(READY) ## Measure what compression costs in quality, a reduced set; flags go into ARGS
+	@$(BIN)/python -m benchmarks.quality --name quality_reduced --texts 2 --questions 4 --ratios 0.4 0.2 $(ARGS)
 
 lock: $(READY) ## Resolve all dependencies afresh into requirements.lock
 	@$(BIN)/python scripts/lock.py > requirements.lock.new

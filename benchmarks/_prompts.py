@@ -34,10 +34,10 @@ def make_prompts(model: str, *, count: int, tokens: int, text: Path | None = Non
     Raises:
         ValueError: the text is too short.
     """
-    encode = _tokenizer(model).encode
+    encode = tokenizer(model).encode
     ids: list[int] = []
     digest = hashlib.sha256()
-    for piece in _pieces(_docstrings() if text is None else iter([text.read_text(encoding="utf-8")])):
+    for piece in _pieces(docstrings() if text is None else iter([text.read_text(encoding="utf-8")])):
         digest.update(piece.encode())
         ids += encode(piece)
         if len(ids) >= count * tokens:
@@ -48,10 +48,11 @@ def make_prompts(model: str, *, count: int, tokens: int, text: Path | None = Non
 
 def special_ids(model: str) -> tuple[int, ...]:
     """The ids of the model's special tokens, which no text contains."""
-    return tuple(sorted(_tokenizer(model).special_ids))
+    return tuple(sorted(tokenizer(model).special_ids))
 
 
-def _tokenizer(model: str) -> Tokenizer:
+def tokenizer(model: str) -> Tokenizer:
+    """The tokenizer of a model that d2o-serve takes."""
     source = resolve(model)
     if source.preset is not None:
         return Tokenizer.built_in(source.preset.vocabulary_size)
@@ -76,7 +77,7 @@ def _pieces(texts: Iterator[str]) -> Iterator[str]:
         yield held
 
 
-def _docstrings() -> Iterator[str]:
+def docstrings() -> Iterator[str]:
     """Every long docstring of the packages once, in order of package, file and line."""
     seen = set()
     for package in _PACKAGES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -90,6 +91,8 @@ class Runner(ABC):
         self.vocabulary_size = vocabulary_size
         self.sampler = Sampler(vocabulary_size)
         self.running: dict[str, Running] = {}
+        # Sees the logits [rows, vocabulary] that tokens of these sequences are about to be chosen from (measurements).
+        self.watch: Callable[[Tensor, list[Sequence]], None] | None = None
 
     @property
     def depth(self) -> int:
@@ -171,6 +174,8 @@ class Runner(ABC):
 
     def _choose(self, logits: Tensor, sequences: list[Sequence]) -> SampledBatch:
         """A token for each row of ``logits``: the known one where the sequence is replayed, otherwise a sampled one."""
+        if self.watch is not None:
+            self.watch(logits, sequences)
         states = [self.running[sequence.id].sampling for sequence in sequences]
         free = [row for row, sequence in enumerate(sequences) if sequence.forced is None]
         if len(free) == len(sequences):

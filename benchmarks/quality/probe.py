@@ -1,0 +1,223 @@
+"""Runs one prompt under many cache policies at once and sees every step's logits.
+
+Model, pool, caches, scheduler and runner are the worker's own. A prompt is read once: each policy's sequence is given
+a copy of its keys, values and scores, reads the last token itself, and from there on is compressed, evicts and decodes
+like any request. The continuation is forced, as when a stream is resumed after its worker died.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from d2o.config import D2OConfig, Policy
+from d2o_server.engine.memory import reserve
+from d2o_server.engine.messages import WorkerSettings
+from d2o_server.engine.scheduler import PrefillSlice, StepPlan
+from d2o_server.engine.sequence import Sequence
+from d2o_server.engine.types import SamplingParams
+from d2o_server.models.describe import describe
+from d2o_server.models.source import resolve
+from d2o_server.worker.build import build_worker
+from d2o_server.worker.loader import load_config
+from d2o_server.worker.prompt_scores import PromptScores
+
+FULL = D2OConfig(policy=Policy.NONE)
+_GREEDY = SamplingParams(ignore_end_of_text=True, logprobs=0)
+_PAGE_SIZE = 16
+_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A way to keep a cache. ``scrambled``: the prompt's scores change places at random, which must cost much."""
+
+    name: str
+    config: D2OConfig
+    scrambled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """What one contender made of one continuation; ``slots`` is what a layer held at the end, on average.
+
+    ``loss`` [tokens] float32 is the negative log-likelihood of each token in nats, ``hit`` [tokens] whether greedy
+    decoding would have chosen it, ``divergence`` [tokens] the KL in nats from the full cache's distribution.
+    """
+
+    loss: Tensor
+    hit: Tensor
+    divergence: Tensor
+    slots: float
+
+
+class Probe:
+    """A model with room for a prompt and ``contenders`` continuations of it, ``tokens`` tokens at most together."""
+
+    def __init__(self, model: str, *, dtype: str, threads: int, tokens: int, contenders: int) -> None:
+        layers = describe(load_config(resolve(model))).layers
+        settings = WorkerSettings(
+            model=model,
+            dtype=dtype,
+            device="cpu",
+            index=0,
+            tensor_parallel=1,
+            threads=threads,
+            page_size=_PAGE_SIZE,
+            num_pages=layers * (contenders + 2) * -(-tokens // _PAGE_SIZE),
+            memory_fraction=0.5,
+            gpu_memory_utilization=0.9,
+            max_model_len=tokens,
+            max_sequences=contenders + 2,
+            prefill_tokens=_CHUNK,
+            graphs=False,
+            compile=False,
+            compile_cache=None,
+            check_integrity=False,
+        )
+        self.core = build_worker(settings, lambda _: None).core
+        self.runner, self.caches = self.core.runner, self.core.runner.caches
+        self.contenders = contenders
+
+    @torch.inference_mode()
+    def run(self, prompt: Several[int], continuation: Several[int], contenders: Several[Contender]) -> list[Trace]:
+        """The traces of ``contenders`` on one continuation, in their order.
+
+        Raises:
+            ValueError: the prompt is shorter than two tokens or the continuation is empty.
+        """
+        if len(prompt) < 2 or not continuation:
+            raise ValueError(
+                f"prompt, continuation: got {len(prompt)} and {len(continuation)} tokens, allowed are at least 2 and 1"
+            )
+        watched = _Watch(tuple(continuation))
+        self.runner.watch = watched
+        traces: dict[str, Trace] = {}
+        full = Contender(name="full", config=FULL)
+        others = sorted((each for each in contenders if each.name != full.name), key=_reading)
+        try:
+            for _, group in groupby(others, key=_reading):
+                members = list(group)
+                for start in range(0, len(members), self.contenders - 1):
+                    part = members[start : start + self.contenders - 1]
+                    together = part if traces else [full, *part]
+                    traces |= self._run_together(tuple(prompt), tuple(continuation), together, watched)
+        finally:
+            self.runner.watch = None
+        return [traces[contender.name] for contender in contenders]
+
+    def _run_together(
+        self, prompt: tuple[int, ...], known: tuple[int, ...], contenders: Several[Contender], watched: _Watch
+    ) -> dict[str, Trace]:
+        """One reading of the prompt and its copies, of which a first full one is what divergence is measured from."""
+        parent = self._sequence("parent", prompt, known, _reader(contenders))
+        self.runner.open(parent)
+        for start in range(0, len(prompt) - 1, _CHUNK):
+            count = min(_CHUNK, len(prompt) - 1 - start)
+            self.runner.launch(StepPlan((), (PrefillSlice(parent, start, count),)), set())
+        copies = [self._sequence(each.name, prompt, known, each.config) for each in contenders]
+        for copy in copies:
+            self.core.scheduler.add(copy)
+        self.core.admit()
+        for copy, contender in zip(copies, contenders, strict=True):
+            self._fork(parent, copy, contender)
+        self.runner.discard(parent)
+        while any(copy.launched < len(known) for copy in copies):
+            report = self.core.step()
+            if report.failed:
+                raise RuntimeError(f"{report.failed[0].id}: {report.failed[0].message}")
+        traces = {}
+        for copy in copies:
+            facts = self.runner.close(copy)
+            self.core.scheduler.remove(copy)
+            held = [
+                layer.kept for layer, window in zip(facts.layers, self.caches.shape.windows, strict=True) if not window
+            ]
+            traces[copy.id] = watched.trace(copy.id, sum(held) / len(held))
+        return traces
+
+    def _sequence(self, name: str, prompt: tuple[int, ...], known: tuple[int, ...], config: D2OConfig) -> Sequence:
+        reservation = reserve(self.core.shape, config, len(prompt), len(known))
+        return Sequence(
+            id=name,
+            prompt=prompt,
+            sampling=_GREEDY,
+            seed=0,
+            config=config,
+            end_ids=(),
+            max_new_tokens=len(known),
+            reservation=reservation,
+            known=known,
+        )
+
+    def _fork(self, parent: Sequence, copy: Sequence, contender: Contender) -> None:
+        """Gives ``copy`` all of the prompt but its last token, as if it had read it itself."""
+        source, target = self.runner.running[parent.id].cache, self.runner.running[copy.id].cache
+        pool, read = self.caches.pool, len(parent.prompt) - 1
+        self.caches.append(torch.tensor([target.row]), torch.tensor([read]))
+        layers, slots = torch.arange(pool.layers)[:, None], torch.arange(read)
+        old = pool.slot_rows(layers, torch.tensor(source.row), slots).flatten()
+        new = pool.slot_rows(layers, torch.tensor(target.row), slots).flatten()
+        for store in (pool.k, pool.v):
+            flat = store.view(-1, pool.head_dim)
+            flat[new] = flat[old]
+        self.caches.targets(target)
+        if target.scores is not None and source.scores is not None:
+            _copy_scores(source.scores, target.scores, contender.scrambled)
+        copy.prefilled = read
+
+
+def _copy_scores(source: PromptScores, target: PromptScores, scrambled: bool) -> None:
+    tokens = source.received.shape[-1]
+    order = torch.arange(tokens)
+    if scrambled:
+        order = torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens))
+    target.received.copy_(source.received[..., order])
+    if target.window is not None and source.window is not None:
+        target.window.copy_(source.window[..., order])
+
+
+def _reading(contender: Contender) -> tuple[str, int]:
+    """What the prompt must be read with: contenders that agree can share one reading."""
+    config = contender.config
+    return (str(config.score_queries), config.window_queries or 32)
+
+
+def _reader(contenders: Several[Contender]) -> D2OConfig:
+    """A policy whose reading counts all the scores that any of the contenders wants."""
+    config = contenders[-1].config
+    return D2OConfig(budget_tokens=1, score_queries=config.score_queries, window_queries=config.window_queries or 32)
+
+
+class _Watch:
+    """Turns the logits of every step into losses, hits and divergences, row by row."""
+
+    def __init__(self, known: tuple[int, ...]) -> None:
+        self._known = known
+        self._reference: list[Tensor] = []
+        self._loss: dict[str, list[float]] = {}
+        self._hit: dict[str, list[bool]] = {}
+        self._divergence: dict[str, list[float]] = {}
+
+    def __call__(self, logits: Tensor, sequences: list[Sequence]) -> None:
+        found = torch.log_softmax(logits.float(), -1)
+        for row, sequence in enumerate(sequences):
+            step, name = sequence.launched, sequence.id
+            if name == "full" and step == len(self._reference):
+                self._reference.append(found[row].clone())
+            token, full = self._known[step], self._reference[step]
+            self._loss.setdefault(name, []).append(-float(found[row, token]))
+            self._hit.setdefault(name, []).append(int(found[row].argmax()) == token)
+            self._divergence.setdefault(name, []).append(float((full.exp() * (full - found[row])).sum()))
+
+    def trace(self, name: str, slots: float) -> Trace:
+        return Trace(
+            loss=torch.tensor(self._loss[name]),
+            hit=torch.tensor(self._hit[name]),
+            divergence=torch.tensor(self._divergence[name]),
+            slots=slots,
+        )
