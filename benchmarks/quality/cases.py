@@ -1,4 +1,4 @@
-"""What is asked of a cache: the next tokens of real text, and facts that were hidden in it (after RULER, 2404.06654)."""
+"""What is asked of a cache: the next tokens of real text, and facts hidden in it (after RULER, arXiv 2404.06654)."""
 
 from __future__ import annotations
 

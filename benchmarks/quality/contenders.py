@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from benchmarks.quality.probe import FULL, Contender
-from d2o.config import D2OConfig
+from d2o.config import D2OConfig, LayerBudgets, Merge
 
 # Each takes what fixes the budget, so that all hold the same number of slots in all.
 _FORMS: dict[str, Callable[..., D2OConfig]] = {
@@ -15,8 +15,8 @@ _FORMS: dict[str, Callable[..., D2OConfig]] = {
     "paper": lambda **budget: D2OConfig.paper(evict_interval=None, **budget),
     "authors": lambda **budget: D2OConfig.authors(evict_interval=None, **budget),
     "d2o": D2OConfig,
-    "d2o-drop": lambda **budget: D2OConfig(merge="none", **budget),
-    "d2o-uniform": lambda **budget: D2OConfig(layer_budgets="uniform", **budget),
+    "d2o-drop": lambda **budget: D2OConfig(merge=Merge.NONE, **budget),
+    "d2o-uniform": lambda **budget: D2OConfig(layer_budgets=LayerBudgets.UNIFORM, **budget),
     "d2o-no-window": lambda **budget: D2OConfig(window_quota=0.0, recent_share=0.25, **budget),
     "d2o-no-bias": lambda **budget: D2OConfig(merge_bias=False, **budget),
 }

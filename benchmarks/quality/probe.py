@@ -7,9 +7,9 @@ like any request. The continuation is forced, as when a stream is resumed after 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -96,19 +96,26 @@ class Probe:
             )
         watched = _Watch(tuple(continuation))
         self.runner.watch = watched
-        traces: dict[str, Trace] = {}
         full = Contender(name="full", config=FULL)
         others = sorted((each for each in contenders if each.name != full.name), key=_reading)
+        traces: dict[str, Trace] = {}
         try:
-            for _, group in groupby(others, key=_reading):
-                members = list(group)
-                for start in range(0, len(members), self.contenders - 1):
-                    part = members[start : start + self.contenders - 1]
-                    together = part if traces else [full, *part]
-                    traces |= self._run_together(tuple(prompt), tuple(continuation), together, watched)
+            for together in self._groups(full, others):
+                traces |= self._run_together(tuple(prompt), tuple(continuation), together, watched)
         finally:
             self.runner.watch = None
         return [traces[contender.name] for contender in contenders]
+
+    def _groups(self, full: Contender, others: list[Contender]) -> Iterator[list[Contender]]:
+        """What runs together: contenders that one reading serves, as many as have room; the full cache first."""
+        together = [full]
+        for each in others:
+            unlike = together != [full] and _reading(together[-1]) != _reading(each)
+            if unlike or len(together) == self.contenders:
+                yield together
+                together = []
+            together.append(each)
+        yield together
 
     def _run_together(
         self, prompt: tuple[int, ...], known: tuple[int, ...], contenders: Several[Contender], watched: _Watch

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from benchmarks._prompts import docstrings
 
@@ -56,9 +57,7 @@ def _python() -> Iterator[str]:
 
 
 def _headers() -> Iterator[str]:
-    spec = find_spec("torch")
-    assert spec is not None and spec.origin is not None
-    yield from _files(Path(spec.origin).parent / "include" / "c10", "*.h", deep=True)
+    yield from _files(Path(str(torch.__file__)).parent / "include" / "c10", "*.h", deep=True)
 
 
 def _files(folder: Path, pattern: str, *, deep: bool) -> Iterator[str]:

@@ -1,0 +1,104 @@
+"""The quality benchmark: its copies of a prompt are what a sequence reads itself, and it can tell good from bad."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import contenders
+from benchmarks.quality.cases import retrieval_cases, text_cases
+from benchmarks.quality.probe import FULL, Contender, Probe
+from d2o.config import D2OConfig
+from d2o_server.models.source import resolve
+from d2o_server.worker.loader import load_model
+
+MODEL = "random:tiny-llama"
+PROMPT = tuple(7 + (31 * place * place + place) % 400 for place in range(150))
+CONTINUATION = tuple(9 + (17 * place) % 300 for place in range(40))
+TIGHT = Contender(name="tight", config=D2OConfig(budget_tokens=32))
+
+
+@pytest.fixture(scope="module")
+def probe() -> Probe:
+    return Probe(MODEL, dtype="float32", threads=1, tokens=len(PROMPT) + len(CONTINUATION), contenders=4)
+
+
+def test_the_full_cache_gives_the_losses_of_transformers_own_attention(probe: Probe) -> None:
+    (full,) = probe.run(PROMPT, CONTINUATION, [Contender(name="full", config=FULL)])
+    model = load_model(resolve(MODEL), dtype=torch.float32, device=torch.device("cpu"), attn_implementation="eager")
+    ids = torch.tensor([PROMPT + CONTINUATION])
+    with torch.inference_mode():
+        found = torch.log_softmax(model(input_ids=ids).logits[0, len(PROMPT) - 1 : -1], -1)
+    expected = -found.gather(-1, torch.tensor(CONTINUATION)[:, None])[:, 0]
+    torch.testing.assert_close(full.loss, expected, atol=2e-4, rtol=1e-4)
+    assert full.divergence.abs().max() < 1e-5
+    assert full.slots == len(PROMPT) + len(CONTINUATION) - 1
+
+
+def test_a_copied_prompt_is_compressed_like_one_that_the_sequence_reads_itself(probe: Probe) -> None:
+    (copied,) = probe.run(PROMPT, CONTINUATION, [TIGHT])
+    alone = probe._sequence("alone", PROMPT, CONTINUATION, TIGHT.config)
+    losses: list[float] = []
+    probe.runner.watch = lambda logits, rows: losses.append(
+        -float(torch.log_softmax(logits[0].float(), -1)[CONTINUATION[rows[0].launched]])
+    )
+    probe.core.scheduler.add(alone)
+    while alone.launched < len(CONTINUATION):
+        probe.core.step()
+    probe.runner.watch = None
+    probe.runner.close(alone)
+    probe.core.scheduler.remove(alone)
+    torch.testing.assert_close(copied.loss, torch.tensor(losses), atol=1e-3, rtol=1e-3)
+
+
+def test_compression_costs_what_it_loses_and_leaves_no_page(probe: Probe) -> None:
+    scrambled = Contender(name="scrambled", config=TIGHT.config, scrambled=True)
+    roomy = Contender(name="roomy", config=D2OConfig(budget_tokens=500))
+    tight, random, whole = probe.run(PROMPT, CONTINUATION, [TIGHT, scrambled, roomy])
+    assert whole.divergence.abs().max() < 1e-5
+    assert tight.divergence.mean() > 1e-4
+    assert not torch.allclose(tight.loss, random.loss, atol=1e-4)
+    assert tight.slots < 64 < whole.slots
+    assert probe.caches.pool.used_pages == 0
+    probe.core.check_integrity()
+
+
+def test_a_prompt_that_is_too_short_is_refused(probe: Probe) -> None:
+    with pytest.raises(ValueError, match=r"got 1 and 40 tokens, allowed are at least 2 and 1"):
+        probe.run(PROMPT[:1], CONTINUATION, [TIGHT])
+    with pytest.raises(ValueError, match="contenders: got 'best', allowed are streaming, h2o"):
+        contenders.named(["best"], [0.2])
+
+
+def test_facts_are_in_the_prompt_and_the_answer_is_what_counts() -> None:
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
+    cases = list(retrieval_cases(encode, per_kind=1, prompt=1200, folder=None))
+    assert {case.task for case in cases} == {"multikey-inside", "multikey-after"}
+    for case in cases:
+        answer = bytes(case.continuation[case.counts_from :]).decode()
+        assert bytes(case.prompt).decode(errors="replace").count("The secret code of the") >= 4
+        assert f"is{answer}." in bytes(case.prompt).decode(errors="replace")
+    told = list(text_cases(encode, per_kind=2, prompt=300, follow=20, folder=None))
+    assert len({case.prompt for case in told}) == len(told) == 8
+    assert {len(case.continuation) for case in told} == {20}
+
+
+def test_a_run_that_is_started_again_goes_on_where_it_was(tmp_path: Path) -> None:
+    arguments = ["--model", MODEL, "--threads", "1", "--texts", "1", "--questions", "1", "--prompt-tokens", "96"]
+    arguments += ["--follow-tokens", "8", "--question-tokens", "900", "--ratios", "0.3", "--out", str(tmp_path)]
+    assert quality.main([*arguments, "--contenders", "h2o"]) == 0
+    log = tmp_path / "quality.log.jsonl"
+    first = log.read_text()
+    assert quality.main([*arguments, "--contenders", "h2o", "d2o"]) == 0
+    assert log.read_text().startswith(first)
+    added = [json.loads(line)["contender"] for line in log.read_text()[len(first) :].splitlines()]
+    assert added == ["d2o@0.3"] * 12
+    rows = json.loads((tmp_path / "quality.json").read_text())["summary"]["all"]
+    assert {row["contender"] for row in rows} == {"full", "h2o@0.3", "d2o@0.3"}
+    assert all(row["rise"] == 0 for row in rows if row["contender"] == "full")
