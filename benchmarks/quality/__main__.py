@@ -75,7 +75,7 @@ def _run_all(options: Any, cases: Sequence[Case], entered: Sequence[Contender]) 
     probe: Probe | None = None
     tokens = max(len(case.prompt) + len(case.continuation) for case in cases)
     for number, case in enumerate(cases):
-        missing = [each for each in entered if (case.name, each.name) not in known]
+        missing = [each for each in entered if (case.key, each.name) not in known]
         if not missing:
             continue
         if probe is None:
@@ -86,10 +86,10 @@ def _run_all(options: Any, cases: Sequence[Case], entered: Sequence[Contender]) 
         with log.open("a") as file:
             for contender, trace in zip(missing, traces, strict=True):
                 row = _row(case, contender.name, trace) | {"model": f"{options.model} {options.dtype}"}
-                known[case.name, contender.name] = row
+                known[case.key, contender.name] = row
                 file.write(json.dumps(row) + "\n")
         print(f"quality: {number + 1} of {len(cases)} cases, {case.name}", file=sys.stderr, flush=True)
-    return [known[case.name, each.name] for case in cases for each in entered]
+    return [known[case.key, each.name] for case in cases for each in entered]
 
 
 def _logged(log: Path, model: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -100,7 +100,7 @@ def _logged(log: Path, model: str) -> dict[tuple[str, str], dict[str, Any]]:
 def _row(case: Case, contender: str, trace: Trace) -> dict[str, Any]:
     counted = slice(case.counts_from, None)
     return {
-        "case": case.name,
+        "case": case.key,
         "task": case.task,
         "kind": case.kind,
         "half": case.half,

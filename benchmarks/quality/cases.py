@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ class Case:
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
     counts_from: int = 0
+
+    @property
+    def key(self) -> str:
+        """What its figures are logged under: they count for these very tokens alone."""
+        digest = hashlib.sha256(repr((self.prompt, self.continuation)).encode()).hexdigest()
+        return f"{self.name}-{digest[:12]}"
 
 
 def text_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:

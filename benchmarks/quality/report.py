@@ -1,0 +1,64 @@
+"""Writes the tables of docs/quality.md from the results' JSON, between marks that name the file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._cli import RESULTS
+
+PAGE = RESULTS.parents[1] / "docs" / "quality.md"
+_MARKS = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TASKS = {"text": "loss on text", "multikey-inside": "question inside", "multikey-after": "question after"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page", type=Path, default=PAGE, help="that has the marks")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
+    options = parser.parse_args(arguments)
+    options.page.write_text(filled(options.page.read_text(), options.results))
+    return 0
+
+
+def filled(page: str, results: Path) -> str:
+    """The page with every marked table made again."""
+
+    def table(found: re.Match[str]) -> str:
+        return found[1] + _table(json.loads((results / f"{found[2]}.json").read_text())) + found[3]
+
+    return _MARKS.sub(table, page)
+
+
+def _table(result: dict[str, Any]) -> str:
+    """One row a contender: its rise of loss with its standard error in each task, hits where there are answers."""
+    rows = {(row["task"], row["contender"]): row for row in result["summary"]["all"]}
+    tasks = [task for task in _TASKS if any(row[0] == task for row in rows)]
+    head = ["policy@ratio", "slots a layer"]
+    for task in tasks:
+        head += [_TASKS[task]] if task == "text" else [_TASKS[task], "hits"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in dict.fromkeys(contender for _, contender in rows):
+        line = [name, f"{rows[tasks[0], name]['slots']:.0f}"]
+        for task in tasks:
+            row = rows[task, name]
+            error = row["rise_error"] or 0.0
+            line.append(f"{row['rise']:.3f} ± {error:.3f}" if name != "full" else f"{row['loss']:.3f} (loss itself)")
+            line += [] if task == "text" else [f"{row['hits']:.2f}"]
+        lines.append("| " + " | ".join(line) + " |")
+    cases = ", ".join(f"{count} of {task}" for task, count in result["cases"].items())
+    machine = result["machine"]
+    lines.append(
+        f"\n{result['model']}, {result['dtype']}; cases: {cases}; prompts of {result['prompt_tokens']} (text) and"
+        f" {result['question_tokens']} tokens; commit {machine['commit'][:12]}, {machine['date'][:10]}.\n"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
