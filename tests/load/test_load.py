@@ -90,7 +90,18 @@ def test_a_wrong_flag_ends_the_load_with_its_name(flags: tuple[str, ...], messag
 
 
 def test_the_overload_benchmark_refuses_rightly_at_a_small_scale(tmp_path: Path) -> None:
-    short = ("--peak-users", "4", "--peak-seconds", "3", "--seconds", "3", "--output-tokens", "8-32")
+    short = (
+        "--model",
+        "random:tiny-llama",
+        "--peak-users",
+        "4",
+        "--peak-seconds",
+        "3",
+        "--seconds",
+        "3",
+        "--output-tokens",
+        "8-32",
+    )
     bounds = ("--max-sequences", "4", "--max-waiting", "4", "--max-wait", "2")
     # Rates of a few seconds on a shared machine prove nothing: whether they held is not asked here.
     with suppress(SystemExit):
