@@ -39,7 +39,7 @@ async def test_reflection_describes_the_service_to_tools(serve: Serve) -> None:
 
 
 async def test_there_is_no_reflection_unless_it_is_asked_for(serve: Serve) -> None:
-    channel = await serve(ScriptedEngine())
+    channel: Any = await serve(ScriptedEngine())
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     # Without a request: one that is still being sent when the refusal comes ends INTERNAL in the client.
     assert await stub.ServerReflectionInfo().code() is grpc.StatusCode.UNIMPLEMENTED
