@@ -26,7 +26,16 @@ from d2o_client._errors import (
     UnavailableError,
     UnimplementedError,
 )
-from d2o_client._options import ChatMessage, Compression, GenerationOptions, LayerBudgets, Merge, Policy, Prompt
+from d2o_client._options import (
+    ChatMessage,
+    Compression,
+    GenerationOptions,
+    LayerBudgets,
+    MaxLoss,
+    Merge,
+    Policy,
+    Prompt,
+)
 from d2o_client._sync import Client, Stream
 from d2o_client._types import (
     CacheFacts,
@@ -76,6 +85,7 @@ __all__ = [
     "LayerCache",
     "LayerLoad",
     "Load",
+    "MaxLoss",
     "Merge",
     "ModelInfo",
     "NotFoundError",

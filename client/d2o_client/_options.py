@@ -22,6 +22,15 @@ class Policy(StrEnum):
     H2O = "h2o"
     STREAMING = "streaming"
     SNAPKV = "snapkv"
+    AUTO = "auto"
+
+
+class MaxLoss(StrEnum):
+    """How much quality a request may lose to compression: the server has a ratio for each, by its measurements."""
+
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
 
 
 class Merge(StrEnum):
@@ -59,7 +68,7 @@ class Compression:
     Enumerated fields also take their names as strings. Bounds belong to the server; here only types are checked.
 
     Attributes:
-        policy: the rule that chooses survivors; ``none`` is the full cache.
+        policy: the rule that chooses survivors; ``none`` is the full cache, ``auto`` that or ``d2o`` as room allows.
         ratio: a layer's average budget as a share of the prompt, in (0, 1].
         min_budget: lower bound of that average budget, in slots.
         budget_tokens: an absolute average budget in slots; replaces ``ratio`` and ``min_budget``.
@@ -67,6 +76,7 @@ class Compression:
         window_quota: share of the budget that goes to the best tokens by the last window of queries, in [0, 1].
         merge: how evicted tokens are folded into survivors.
         layer_budgets: how the total budget is divided over layers.
+        max_loss: how much quality may be lost, instead of ``ratio``, ``min_budget`` and ``budget_tokens``.
 
     Raises:
         InvalidArgumentError: a field has the wrong type or an unknown name.
@@ -80,12 +90,14 @@ class Compression:
     window_quota: float | None = None
     merge: Merge | str | None = None
     layer_budgets: LayerBudgets | str | None = None
+    max_loss: MaxLoss | str | None = None
 
     def __post_init__(self) -> None:
         kinds: tuple[tuple[str, type[StrEnum]], ...] = (
             ("policy", Policy),
             ("merge", Merge),
             ("layer_budgets", LayerBudgets),
+            ("max_loss", MaxLoss),
         )
         for name, kind in kinds:
             object.__setattr__(self, name, enum_member(f"compression.{name}", getattr(self, name), kind))

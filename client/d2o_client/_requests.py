@@ -169,6 +169,7 @@ def _compression_message(given: object) -> pb.Compression | None:
         window_quota=given.window_quota,
         merge=_enum_number(pb.MergeRule, "MERGE_RULE_", given.merge),
         layer_budgets=_enum_number(pb.LayerBudgetRule, "LAYER_BUDGET_RULE_", given.layer_budgets),
+        max_loss=_enum_number(pb.MaxLoss, "MAX_LOSS_", given.max_loss),
     )
 
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from d2o_client._errors import InternalError
-from d2o_client._options import Compression, LayerBudgets, Merge, Policy
+from d2o_client._options import Compression, LayerBudgets, MaxLoss, Merge, Policy
 from d2o_client._requests import SAMPLING_NUMBERS
 from d2o_client._types import (
     CacheFacts,
@@ -59,6 +59,7 @@ def compression_value(message: pb.Compression) -> Compression:
         policy=_enum_value(pb.CompressionPolicy, "COMPRESSION_POLICY_", Policy, message.policy),
         merge=_enum_value(pb.MergeRule, "MERGE_RULE_", Merge, message.merge),
         layer_budgets=_enum_value(pb.LayerBudgetRule, "LAYER_BUDGET_RULE_", LayerBudgets, message.layer_budgets),
+        max_loss=_enum_value(pb.MaxLoss, "MAX_LOSS_", MaxLoss, message.max_loss),
         # The server sets every field: 0 says that no absolute budget is in force, and could not be sent back.
         budget_tokens=message.budget_tokens or None,
         **plain,
@@ -74,6 +75,7 @@ def started_value(message: pb.GenerationStarted) -> Started:
         compression=compression_value(message.compression),
         budget_per_layer=message.budget_per_layer,
         seed=message.seed,
+        auto=message.auto,
     )
 
 

@@ -50,7 +50,7 @@ class Started:
     """Facts known once the request is admitted. ``compression`` is the policy in force.
 
     ``reserved_pages`` are cache pages, for the whole life of the request; ``budget_per_layer`` is a layer's
-    average budget in slots, 0 with the full cache; ``seed`` makes the answer again.
+    average budget in slots, 0 with the full cache; ``seed`` makes the answer again; ``auto``: it chose the policy.
     """
 
     generation_id: str
@@ -59,6 +59,7 @@ class Started:
     compression: Compression
     budget_per_layer: int
     seed: int
+    auto: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,7 @@ class ModelInfo:
     max_logprobs: int
     server_version: str
     end_of_text_ids: tuple[int, ...]
+    auto_full_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +230,8 @@ class StreamState(StrEnum):
 class StreamLoad:
     """One request that has not ended; ``seconds`` since it was submitted.
 
-    ``reserved_pages`` and ``budget_per_layer`` are 0 until it is admitted; a budget of 0 is the full cache.
+    ``reserved_pages`` and ``budget_per_layer`` are 0 until it is admitted; a budget of 0 is the full cache. The
+    ``policy`` auto has not chosen yet.
     """
 
     generation_id: str

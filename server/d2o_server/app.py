@@ -63,6 +63,7 @@ async def running_engine(
             dispatcher=dispatcher,
             defaults=EngineDefaults(
                 compression=settings.compression,
+                auto_full_tokens=settings.auto_full_tokens,
                 sampling=SamplingParams(max_new_tokens=limits.default_max_new_tokens),
                 max_logprobs=limits.max_logprobs,
                 tensor_parallel=settings.worker.tensor_parallel,

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from d2o.config import ConfigError, D2OConfig, Policy, ScoreQueries
-from d2o_server.engine.messages import WorkerSettings
+from d2o_server.engine.messages import AUTO_FULL_TOKENS, WorkerSettings
 from d2o_server.engine.supervision import Supervision
+from d2o_server.engine.types import AutoCompression, Compression
 from d2o_server.errors import SettingsError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -21,6 +22,7 @@ DEFAULT_DRAIN_GRACE = 60.0
 TERMINATION_RESERVE = 15.0
 DEFAULT_METRICS_PORT = 9400
 TRACE_CONSOLE = "console"
+AUTO = "auto"
 _ENVIRONMENT_PREFIX = "D2O_SERVE_"
 # Understood as well, where the one with the prefix is not set.
 _OTHER_NAMES = {"metrics_port": "D2O_METRICS_PORT"}
@@ -102,7 +104,8 @@ class Settings:
 
     worker: WorkerSettings
     data_parallel: int = 1
-    compression: D2OConfig = field(default_factory=D2OConfig)
+    compression: Compression = field(default_factory=D2OConfig)
+    auto_full_tokens: int = AUTO_FULL_TOKENS
     limits: LimitSettings = field(default_factory=LimitSettings)
     listen: ListenSettings = field(default_factory=ListenSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
@@ -113,6 +116,7 @@ class Settings:
         if self.log_level not in _LOG_LEVELS:
             raise SettingsError(f"log_level: got {self.log_level!r}, allowed is {', '.join(_LOG_LEVELS)}")
         _at_least("data_parallel", self.data_parallel, 1)
+        _at_least("auto_full_tokens", self.auto_full_tokens, 0)
         if self.data_parallel > 1 and self.worker.device.startswith("cuda:"):
             raise SettingsError(
                 f"device: got {self.worker.device!r} for {self.data_parallel} workers, allowed is auto, cpu or cuda;"
@@ -207,6 +211,7 @@ def from_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         worker=worker,
         data_parallel=parsed.data_parallel,
         compression=_compression(parsed),
+        auto_full_tokens=parsed.auto_full_tokens,
         limits=LimitSettings(
             max_waiting=parsed.max_waiting,
             max_waiting_tokens=parsed.max_waiting_tokens,
@@ -260,10 +265,11 @@ def _drain_grace(given: float | None, window: float, termination: float | None) 
     return termination - least
 
 
-def _compression(parsed: argparse.Namespace) -> D2OConfig:
+def _compression(parsed: argparse.Namespace) -> Compression:
+    auto = parsed.compression == AUTO
     try:
-        return D2OConfig.of(
-            parsed.compression,
+        config = D2OConfig.of(
+            Policy.D2O if auto else parsed.compression,
             ratio=parsed.ratio,
             min_budget=parsed.min_budget,
             budget_tokens=parsed.budget_tokens,
@@ -271,6 +277,7 @@ def _compression(parsed: argparse.Namespace) -> D2OConfig:
         )
     except ConfigError as error:
         raise SettingsError(str(error)) from None
+    return AutoCompression(config) if auto else config
 
 
 def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
@@ -361,7 +368,14 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
 
 def _compression_flags(parser: argparse.ArgumentParser) -> None:
     compression = parser.add_argument_group("compression (defaults of requests)")
-    compression.add_argument("--compression", default="d2o", choices=[policy.value for policy in Policy], help="policy")
+    policies = [*(policy.value for policy in Policy), AUTO]
+    compression.add_argument("--compression", default="d2o", choices=policies, help="policy")
+    compression.add_argument(
+        "--auto-full-tokens",
+        type=int,
+        default=AUTO_FULL_TOKENS,
+        help="with auto, requests of more tokens are always compressed",
+    )
     compression.add_argument("--ratio", type=float, default=0.4, help="average budget as a share of the prompt")
     compression.add_argument("--min-budget", type=int, default=1024, help="lower bound of that budget, in tokens")
     compression.add_argument("--budget-tokens", type=int, help="absolute budget; replaces ratio and min-budget")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from d2o.config import Policy
+from d2o.config import D2OConfig, Policy
 from d2o_server.__main__ import main
+from d2o_server.engine.types import AutoCompression
 from d2o_server.errors import SettingsError
 from d2o_server.settings import Settings, TelemetrySettings, from_arguments
 
@@ -27,14 +28,23 @@ def test_the_defaults_serve_the_default_model_on_the_loopback_address() -> None:
     assert (settings.worker.graphs, settings.worker.compile, settings.worker.compile_cache) == (True, True, None)
     assert (settings.listen.host, settings.listen.port) == ("127.0.0.1", 50051)
     compression = settings.compression
+    assert isinstance(compression, D2OConfig)
     assert (compression.policy, compression.ratio, compression.min_budget) == (Policy.D2O, 0.4, 1024)
 
 
 def test_flags_are_read() -> None:
     settings = read("--compression", "snapkv", "--budget-tokens", "512", "--num-pages", "99", "--reflection")
-    assert (settings.compression.policy, settings.compression.budget_tokens) == (Policy.SNAPKV, 512)
+    assert settings.compression == D2OConfig.of(Policy.SNAPKV, budget_tokens=512)
     assert settings.worker.num_pages == 99
     assert settings.listen.reflection
+
+
+def test_auto_compresses_with_the_flags_of_d2o() -> None:
+    settings = read("--compression", "auto", "--ratio", "0.2", AUTO_FULL_TOKENS="512")
+    assert settings.compression == AutoCompression(D2OConfig(ratio=0.2))
+    assert settings.auto_full_tokens == 512
+    with pytest.raises(SettingsError, match=r"^auto_full_tokens: got -1, allowed is"):
+        read("--auto-full-tokens", "-1")
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])

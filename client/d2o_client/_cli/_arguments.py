@@ -9,7 +9,7 @@ from typing import Any
 
 from d2o_client._channel import DEFAULT_TARGET, TLS, version
 from d2o_client._core import DEFAULT_TIMEOUT, RetryPolicy
-from d2o_client._options import Compression, GenerationOptions, LayerBudgets, Merge, Policy
+from d2o_client._options import Compression, GenerationOptions, LayerBudgets, MaxLoss, Merge, Policy
 from d2o_client._sync import Client
 
 TARGET_VARIABLE = "D2O_TARGET"
@@ -116,6 +116,7 @@ def _generation_flags() -> argparse.ArgumentParser:
     sampling.add_argument("--ignore-end-of-text", action="store_true", help="go on past the end of text")
     compression = flags.add_argument_group("compression (default: the server's)")
     compression.add_argument("--compression", choices=list(map(str, Policy)), help="the policy; none: the full cache")
+    compression.add_argument("--max-loss", choices=list(map(str, MaxLoss)), help="may be lost, instead of a ratio")
     _add_flags(compression, _COMPRESSION_FLAGS)
     compression.add_argument("--merge", choices=list(map(str, Merge)), help="how evicted tokens are merged")
     compression.add_argument(
@@ -173,6 +174,7 @@ def _compression(arguments: argparse.Namespace) -> Compression | None:
         policy=arguments.compression,
         merge=arguments.merge,
         layer_budgets=arguments.layer_budgets,
+        max_loss=arguments.max_loss,
         **{name: getattr(arguments, name) for name, _, _ in _COMPRESSION_FLAGS},
     )
     return compression if compression != Compression() else None

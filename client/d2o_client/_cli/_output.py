@@ -137,7 +137,7 @@ def cache_line(started: Started, cache: CacheFacts) -> str:
     kept, merged, dropped = (
         sum(getattr(layer, name) for layer in cache.layers) / count for name in ("kept", "merged", "dropped")
     )
-    policy = started.compression.policy or "unknown policy"
+    policy = f"{started.compression.policy or 'unknown policy'}{' by auto' if started.auto else ''}"
     budgets = [layer.budget for layer in cache.layers if layer.budget]
     if started.budget_per_layer == 0:
         return f"cache: {policy}, full, {kept:.0f} slots a layer; {pages}"

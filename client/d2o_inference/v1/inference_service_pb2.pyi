@@ -15,6 +15,14 @@ class CompressionPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COMPRESSION_POLICY_H2O: _ClassVar[CompressionPolicy]
     COMPRESSION_POLICY_STREAMING: _ClassVar[CompressionPolicy]
     COMPRESSION_POLICY_SNAPKV: _ClassVar[CompressionPolicy]
+    COMPRESSION_POLICY_AUTO: _ClassVar[CompressionPolicy]
+
+class MaxLoss(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MAX_LOSS_UNSPECIFIED: _ClassVar[MaxLoss]
+    MAX_LOSS_LOW: _ClassVar[MaxLoss]
+    MAX_LOSS_MEDIUM: _ClassVar[MaxLoss]
+    MAX_LOSS_HIGH: _ClassVar[MaxLoss]
 
 class MergeRule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -50,6 +58,11 @@ COMPRESSION_POLICY_D2O: CompressionPolicy
 COMPRESSION_POLICY_H2O: CompressionPolicy
 COMPRESSION_POLICY_STREAMING: CompressionPolicy
 COMPRESSION_POLICY_SNAPKV: CompressionPolicy
+COMPRESSION_POLICY_AUTO: CompressionPolicy
+MAX_LOSS_UNSPECIFIED: MaxLoss
+MAX_LOSS_LOW: MaxLoss
+MAX_LOSS_MEDIUM: MaxLoss
+MAX_LOSS_HIGH: MaxLoss
 MERGE_RULE_UNSPECIFIED: MergeRule
 MERGE_RULE_NONE: MergeRule
 MERGE_RULE_PAPER: MergeRule
@@ -142,7 +155,7 @@ class StoppingParameters(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_end_of_text: _Optional[bool] = ...) -> None: ...
 
 class Compression(_message.Message):
-    __slots__ = ("policy", "ratio", "min_budget", "budget_tokens", "recent_share", "window_quota", "merge", "layer_budgets")
+    __slots__ = ("policy", "ratio", "min_budget", "budget_tokens", "recent_share", "window_quota", "merge", "layer_budgets", "max_loss")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     RATIO_FIELD_NUMBER: _ClassVar[int]
     MIN_BUDGET_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +164,7 @@ class Compression(_message.Message):
     WINDOW_QUOTA_FIELD_NUMBER: _ClassVar[int]
     MERGE_FIELD_NUMBER: _ClassVar[int]
     LAYER_BUDGETS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LOSS_FIELD_NUMBER: _ClassVar[int]
     policy: CompressionPolicy
     ratio: float
     min_budget: int
@@ -159,7 +173,8 @@ class Compression(_message.Message):
     window_quota: float
     merge: MergeRule
     layer_budgets: LayerBudgetRule
-    def __init__(self, policy: _Optional[_Union[CompressionPolicy, str]] = ..., ratio: _Optional[float] = ..., min_budget: _Optional[int] = ..., budget_tokens: _Optional[int] = ..., recent_share: _Optional[float] = ..., window_quota: _Optional[float] = ..., merge: _Optional[_Union[MergeRule, str]] = ..., layer_budgets: _Optional[_Union[LayerBudgetRule, str]] = ...) -> None: ...
+    max_loss: MaxLoss
+    def __init__(self, policy: _Optional[_Union[CompressionPolicy, str]] = ..., ratio: _Optional[float] = ..., min_budget: _Optional[int] = ..., budget_tokens: _Optional[int] = ..., recent_share: _Optional[float] = ..., window_quota: _Optional[float] = ..., merge: _Optional[_Union[MergeRule, str]] = ..., layer_budgets: _Optional[_Union[LayerBudgetRule, str]] = ..., max_loss: _Optional[_Union[MaxLoss, str]] = ...) -> None: ...
 
 class GenerateTextRequest(_message.Message):
     __slots__ = ("prompt", "sampling", "stopping", "compression", "logprobs", "priority")
@@ -218,20 +233,22 @@ class StreamGenerateTextResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[GenerationStarted, _Mapping]] = ..., chunk: _Optional[_Union[GenerationChunk, _Mapping]] = ..., finished: _Optional[_Union[GenerationFinished, _Mapping]] = ...) -> None: ...
 
 class GenerationStarted(_message.Message):
-    __slots__ = ("generation_id", "prompt_tokens", "reserved_pages", "compression", "budget_per_layer", "seed")
+    __slots__ = ("generation_id", "prompt_tokens", "reserved_pages", "compression", "budget_per_layer", "seed", "auto")
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RESERVED_PAGES_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     BUDGET_PER_LAYER_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    AUTO_FIELD_NUMBER: _ClassVar[int]
     generation_id: str
     prompt_tokens: int
     reserved_pages: int
     compression: Compression
     budget_per_layer: int
     seed: int
-    def __init__(self, generation_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., reserved_pages: _Optional[int] = ..., compression: _Optional[_Union[Compression, _Mapping]] = ..., budget_per_layer: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    auto: bool
+    def __init__(self, generation_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., reserved_pages: _Optional[int] = ..., compression: _Optional[_Union[Compression, _Mapping]] = ..., budget_per_layer: _Optional[int] = ..., seed: _Optional[int] = ..., auto: _Optional[bool] = ...) -> None: ...
 
 class GenerationChunk(_message.Message):
     __slots__ = ("text", "token_ids", "logprobs")
@@ -340,7 +357,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "architecture", "dtype", "layers", "compressible_layers", "query_heads", "kv_heads", "head_dim", "vocabulary_size", "max_model_len", "page_size", "total_pages", "page_bytes", "has_chat_template", "default_compression", "default_sampling", "default_max_new_tokens", "max_logprobs", "server_version", "end_of_text_ids")
+    __slots__ = ("model", "architecture", "dtype", "layers", "compressible_layers", "query_heads", "kv_heads", "head_dim", "vocabulary_size", "max_model_len", "page_size", "total_pages", "page_bytes", "has_chat_template", "default_compression", "default_sampling", "default_max_new_tokens", "max_logprobs", "server_version", "end_of_text_ids", "auto_full_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -361,6 +378,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     END_OF_TEXT_IDS_FIELD_NUMBER: _ClassVar[int]
+    AUTO_FULL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     architecture: str
     dtype: str
@@ -381,7 +399,8 @@ class GetModelInfoResponse(_message.Message):
     max_logprobs: int
     server_version: str
     end_of_text_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., compressible_layers: _Optional[int] = ..., query_heads: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., page_size: _Optional[int] = ..., total_pages: _Optional[int] = ..., page_bytes: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., default_compression: _Optional[_Union[Compression, _Mapping]] = ..., default_sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., default_max_new_tokens: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., server_version: _Optional[str] = ..., end_of_text_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    auto_full_tokens: int
+    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., compressible_layers: _Optional[int] = ..., query_heads: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., page_size: _Optional[int] = ..., total_pages: _Optional[int] = ..., page_bytes: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., default_compression: _Optional[_Union[Compression, _Mapping]] = ..., default_sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., default_max_new_tokens: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., server_version: _Optional[str] = ..., end_of_text_ids: _Optional[_Iterable[int]] = ..., auto_full_tokens: _Optional[int] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ("max_streams", "with_layers")

@@ -12,11 +12,21 @@ from functools import partial
 
 from d2o.config import D2OConfig, Scope
 from d2o_server import errors
-from d2o_server.engine.memory import CacheShape, reserve
-from d2o_server.engine.messages import Submit
+from d2o_server.engine.auto import choice_of
+from d2o_server.engine.loss_table import with_max_loss
+from d2o_server.engine.memory import CacheShape, Demand, reserve
+from d2o_server.engine.messages import AUTO_FULL_TOKENS, AutoTerms, Submit
 from d2o_server.engine.priority import check_priority, due
 from d2o_server.engine.text import TextCodec
-from d2o_server.engine.types import ChatMessage, GenerationRequest, ModelInfo, Prompt, SamplingParams
+from d2o_server.engine.types import (
+    AutoCompression,
+    ChatMessage,
+    Compression,
+    GenerationRequest,
+    ModelInfo,
+    Prompt,
+    SamplingParams,
+)
 from d2o_server.engine.validation import validate
 
 _LONGEST_PROMPT_CHARACTERS_PER_TOKEN = 64
@@ -28,9 +38,11 @@ class EngineDefaults:
     """What applies where a request is silent, and the engine's bounds.
 
     With ``tensor_parallel`` above 1 no process has all of a layer's heads: they cannot share a choice or threshold.
+    Requests in auto get the full cache up to ``auto_full_tokens``, where there is room.
     """
 
-    compression: D2OConfig = D2OConfig()
+    compression: Compression = D2OConfig()
+    auto_full_tokens: int = AUTO_FULL_TOKENS
     sampling: SamplingParams = SamplingParams(max_new_tokens=256)
     max_logprobs: int = 20
     tensor_parallel: int = 1
@@ -76,8 +88,8 @@ class Admission:
     async def _off_loop(self, encode: Callable[[], list[int]]) -> tuple[int, ...]:
         return tuple(await asyncio.get_running_loop().run_in_executor(self._threads, encode))
 
-    async def prepare(self, request: GenerationRequest) -> tuple[Submit, int]:
-        """The message that submits the request, and the pages that it needs at most.
+    async def prepare(self, request: GenerationRequest) -> tuple[Submit, Demand]:
+        """The message that submits the request, and the pages that it needs.
 
         Raises:
             InvalidRequest: a field is out of bounds, or the whole pool could not hold the request.
@@ -95,7 +107,7 @@ class Admission:
             default_max_new_tokens=default,
         )
         check_priority(request.priority)
-        config = request.compression or self._defaults.compression
+        config, auto = self._compression(request)
         self._check_heads(config)
         prompt = await self.tokenize(request.prompt)
         if request.deadline is not None and request.deadline <= time.monotonic():
@@ -107,11 +119,20 @@ class Admission:
             sampling=replace(sampling, max_new_tokens=max_new_tokens),
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             config=config,
+            auto=auto,
             end_ids=self._info.end_of_text_ids,
             max_new_tokens=max_new_tokens,
             due=due(arrived, request.priority),
         )
-        return message, self._pages(config, len(prompt), max_new_tokens)
+        return message, self._demand(message)
+
+    def _compression(self, request: GenerationRequest) -> tuple[D2OConfig, AutoTerms | None]:
+        given = request.compression or self._defaults.compression
+        auto = isinstance(given, AutoCompression)
+        config = given.config if isinstance(given, AutoCompression) else given
+        if request.max_loss is not None:
+            config = with_max_loss(config, request.max_loss)
+        return config, AutoTerms(self._defaults.auto_full_tokens) if auto else None
 
     def _check_heads(self, config: D2OConfig) -> None:
         if self._defaults.tensor_parallel == 1 or not config.enabled:
@@ -137,8 +158,9 @@ class Admission:
             )
         return sampling.max_new_tokens
 
-    def _pages(self, config: D2OConfig, prompt_tokens: int, max_new_tokens: int) -> int:
-        pages = reserve(self._shape, config, prompt_tokens, max_new_tokens).pages
+    def _demand(self, message: Submit) -> Demand:
+        prompt_tokens = len(message.prompt)
+        pages = reserve(self._shape, message.config, prompt_tokens, message.max_new_tokens).pages
         if pages > self._info.total_pages:
             raise errors.InvalidRequest(
                 "prompt",
@@ -146,7 +168,8 @@ class Admission:
                 f"requests of at most {self._info.total_pages} pages; shorten the prompt or the output, or compress "
                 "more",
             )
-        return pages
+        choice = choice_of(self._shape, message)
+        return Demand(pages, choice.full.pages if choice is not None and choice.permitted else pages)
 
 
 def _not_empty(field: str, ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -80,6 +80,7 @@ class Answer:
             completion_tokens=self._text.tokens,
             reason=finish.reason if finish else None,
             cache=finish.cache if finish else None,
+            auto=None if self._ticket.admission is None else self._ticket.admission.auto,
         )
 
     def _started(self, admitted: Admitted) -> Started:
@@ -91,6 +92,7 @@ class Answer:
             compression=admitted.config,
             budget_per_layer=admitted.budget,
             seed=message.seed,
+            auto=admitted.auto is not None,
         )
 
     def _finished(self, ended: Ended) -> Finished:

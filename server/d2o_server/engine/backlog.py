@@ -39,23 +39,26 @@ class Backlog:
         self._forecast: list[Admission] = []
         self._forecast_at = -_FORECAST_SECONDS
 
-    def check_owner(self, owner: str | None, pages: int, max_pages: int) -> None:
-        """Refuses ``pages`` more where their owner then has more than ``max_pages``, waiting ones counted too.
+    def check_owner(self, owner: str | None, pages: int, max_pages: int) -> int | None:
+        """The pages left to an owner, None for any number; refuses ``pages`` more where they are too few.
+
+        Requests that wait count by the most that they may get.
 
         Raises:
             InvalidRequest: the request alone is too much. Overloaded: with what else it has running and waiting.
         """
         if owner is None or not max_pages:
-            return
+            return None
         if pages > max_pages:
             allowed = f"requests of at most {max_pages} pages for this caller; shorten the prompt or the output"
             raise errors.InvalidRequest("prompt", f"a request that needs {pages} cache pages", allowed)
         own = [ticket for worker in self._workers for ticket in worker.tickets.values() if ticket.owner == owner]
-        held = sum(ticket.pages for ticket in own)
+        held = sum(ticket.most_pages for ticket in own)
         if held + pages > max_pages:
             seconds = seconds_until(held + pages - max_pages, [self._holding(ticket) for ticket in own])
             reason = f"{held} cache pages are reserved for this caller, {pages} more would be above its {max_pages}"
             raise errors.Overloaded(reason, _milliseconds(seconds), "client_pages")
+        return max_pages - held
 
     def check_queue(self, prompt_tokens: int) -> None:
         """Refuses a request that would have to wait where the queue is full.

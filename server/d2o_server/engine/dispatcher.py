@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from d2o_server import errors
 from d2o_server.engine.backlog import Backlog
 from d2o_server.engine.messages import Cancel, Failed, Stop, Submit
@@ -50,23 +52,36 @@ class Dispatcher:
     def running(self) -> int:
         return sum(not ticket.waiting for worker in self.workers for ticket in worker.tickets.values())
 
-    def submit(self, message: Submit, pages: int, *, owner: str | None = None, max_pages: int = 0) -> Ticket:
-        """Sends a request, which will hold ``pages`` pages at most, to the serving worker with most room.
+    def submit(
+        self,
+        message: Submit,
+        pages: int,
+        *,
+        most_pages: int | None = None,
+        owner: str | None = None,
+        max_pages: int = 0,
+    ) -> Ticket:
+        """Sends a request to the serving worker with most room.
 
-        ``max_pages`` is what all requests of its ``owner`` may hold; 0 is any number.
+        It will hold ``pages``, or ``most_pages`` where auto chooses so. ``max_pages`` is what all requests of its
+        ``owner`` may hold; 0 is any number.
 
         Raises:
             Overloaded: it would have to wait, and the bounded queue is full, or its owner holds too much.
             InvalidRequest: its owner may never hold so much. NoWorker: no worker serves.
         """
-        self.backlog.check_owner(owner, pages, max_pages)
+        most = pages if most_pages is None else most_pages
+        room = self.backlog.check_owner(owner, pages, max_pages)
+        if room is not None and message.auto is not None:
+            message = msgspec.structs.replace(message, auto=msgspec.structs.replace(message.auto, most_pages=room))
+            most = most if most <= room else pages
         worker = self._roomiest(pages)
         if worker is None:
             raise errors.NoWorker("no worker is serving at the moment; it is being restarted")
         queued = not worker.fits(pages)
         if queued:
             self.backlog.check_queue(len(message.prompt))
-        ticket = Ticket(message, pages, worker, queued, sent=self._clock(), owner=owner)
+        ticket = Ticket(message, pages, worker, queued, most_pages=most, sent=self._clock(), owner=owner)
         worker.tickets[ticket.id] = ticket
         worker.send(message)
         return ticket

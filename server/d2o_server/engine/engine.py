@@ -11,7 +11,7 @@ from d2o_server import errors
 from d2o_server.engine.admission import Admission, EngineDefaults
 from d2o_server.engine.answer import Answer
 from d2o_server.engine.dispatcher import Dispatcher
-from d2o_server.engine.memory import CacheShape
+from d2o_server.engine.memory import CacheShape, Demand
 from d2o_server.engine.messages import CacheState, Ready, Submit
 from d2o_server.engine.observer import Observer
 from d2o_server.engine.text import TextCodec
@@ -110,8 +110,8 @@ class LocalEngine:
         self._idle.clear()
         try:
             arrived = time.monotonic()
-            message, pages = await self._admission.prepare(request)
-            with self._ticket(message, pages, request) as ticket, ticket.events.expiring(request.deadline):
+            message, demand = await self._admission.prepare(request)
+            with self._ticket(message, demand, request) as ticket, ticket.events.expiring(request.deadline):
                 answer = Answer(self._codec, ticket, arrived, self._dispatcher, self._observer)
                 try:
                     for event in await self._first(answer, ticket):
@@ -135,9 +135,11 @@ class LocalEngine:
             raise self._dispatcher.backlog.waited_too_long(ticket) from None
 
     @contextmanager
-    def _ticket(self, message: Submit, pages: int, request: GenerationRequest) -> Iterator[Ticket]:
+    def _ticket(self, message: Submit, demand: Demand, request: GenerationRequest) -> Iterator[Ticket]:
         """Owns a request's stay in a worker: whatever happens, it holds nothing afterwards."""
-        ticket = self._dispatcher.submit(message, pages, owner=request.owner, max_pages=request.max_pages)
+        ticket = self._dispatcher.submit(
+            message, demand.least, most_pages=demand.most, owner=request.owner, max_pages=request.max_pages
+        )
         try:
             yield ticket
         finally:
@@ -191,6 +193,7 @@ def _describe(
         page_bytes=ready.page_bytes,
         has_chat_template=codec.has_chat_template,
         default_compression=defaults.compression,
+        auto_full_tokens=defaults.auto_full_tokens,
         default_sampling=defaults.sampling,
         max_logprobs=defaults.max_logprobs,
         server_version=version,
@@ -220,6 +223,7 @@ def _layer_loads(caches: Sequence[CacheState]) -> tuple[LayerLoad, ...]:
 
 def _stream_load(ticket: Ticket, now: float) -> StreamLoad:
     message, admission = ticket.message, ticket.admission
+    undecided = admission is None and message.auto is not None
     return StreamLoad(
         generation_id=ticket.id,
         worker=ticket.worker.index,
@@ -228,7 +232,7 @@ def _stream_load(ticket: Ticket, now: float) -> StreamLoad:
         completion_tokens=ticket.tokens,
         max_new_tokens=message.max_new_tokens,
         reserved_pages=0 if admission is None else admission.reserved_pages,
-        policy=(message if admission is None else admission).config.policy,
+        policy=None if undecided else (message if admission is None else admission).config.policy,
         budget_per_layer=0 if admission is None else admission.budget,
         seconds=now - ticket.sent,
     )

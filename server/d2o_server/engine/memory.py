@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.errors import InvalidRequest
@@ -27,6 +28,13 @@ class CacheShape:
     def slack(self, config: D2OConfig) -> int:
         """Slots that a layer may hold above its budget between evictions."""
         return config.evict_interval or self.page_size
+
+
+class Demand(NamedTuple):
+    """Pages that a request will hold at the least and at the most: not the same only where auto may choose."""
+
+    least: int
+    most: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import msgspec
 
 from d2o.config import D2OConfig
 from d2o_server.engine.shape import ModelShape
-from d2o_server.engine.types import CacheFacts, SamplingParams
+from d2o_server.engine.types import AutoOutcome, CacheFacts, SamplingParams
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,8 +49,25 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
         return self if count == 1 else self.share(self.index * count + number, count)
 
 
+AUTO_FULL_TOKENS = 2048
+"""Up to so many tokens ``auto`` prefers the full cache.
+
+Measured on a GPU (benchmarks/results/throughput*.json, 8B): of 768 tokens compression makes nothing faster, of 4,096 it
+does; this lies between. It is also twice the default least budget, so that compression could save half at most.
+"""
+
+
+class AutoTerms(msgspec.Struct, frozen=True):
+    """On what terms a request in ``auto`` may have the full cache: its length, and the pages left to its owner."""
+
+    full_tokens: int
+    most_pages: int | None = None
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A validated request; ``config`` is what was asked for, the worker finds the policy in force.
+
+    With ``auto`` the worker may give it the full cache instead, when it admits it.
 
     ``output``: tokens that another worker reported before it died; what is reported begins with the one after them.
     ``resumed``: another worker had the request before, so that it goes before those which have not had their turn.
@@ -64,6 +81,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     config: D2OConfig
     end_ids: tuple[int, ...]
     max_new_tokens: int
+    auto: AutoTerms | None = None
     output: tuple[int, ...] = ()
     resumed: bool = False
     due: float = 0.0
@@ -121,10 +139,13 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Admitted(msgspec.Struct, frozen=True, kw_only=True):
+    """``config`` is the policy in force, and ``auto`` how it came to be where that chose it."""
+
     id: str
     reserved_pages: int
     budget: int
     config: D2OConfig
+    auto: AutoOutcome | None = None
 
 
 class NewToken(msgspec.Struct, frozen=True, array_like=True, gc=False):

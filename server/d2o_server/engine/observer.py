@@ -12,7 +12,8 @@ class Timeline:
     """One generation's life, told when it is over.
 
     Times are readings of ``time.monotonic``; ``admitted`` and ``first_token`` are None where it did not come so far.
-    ``reason`` (a FinishReason) and ``cache`` are None where it was cancelled or failed.
+    ``reason`` (a FinishReason) and ``cache`` are None where it was cancelled or failed; ``auto`` (an AutoOutcome) where
+    its policy was not chosen for it.
     """
 
     generation_id: str
@@ -24,6 +25,7 @@ class Timeline:
     completion_tokens: int
     reason: str | None
     cache: CacheFacts | None
+    auto: str | None = None
 
 
 class Observer:

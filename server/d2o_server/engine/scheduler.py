@@ -48,9 +48,10 @@ class StepPlan:
 class Scheduler:
     """First due, first served; a sequence is admitted when all the pages it can ever need are unreserved.
 
-    So nothing that runs is ever preempted. ``prefill_tokens`` bounds the prompt tokens of one step, so that running
-    streams keep their pace while prompts are read. With ``whole_chunks`` a prompt that does not end in a step is read
-    by exactly that many tokens: its chunks then begin at multiples of them, for which attention has plans.
+    So nothing that runs is ever preempted. ``waiting_pages`` is what all that wait need at least. ``prefill_tokens``
+    bounds the prompt tokens of one step, so that running streams keep their pace while prompts are read. With
+    ``whole_chunks`` a prompt that does not end in a step is read by exactly that many tokens: its chunks then begin at
+    multiples of them, for which attention has plans.
     """
 
     def __init__(self, *, pages: int, max_sequences: int, prefill_tokens: int, whole_chunks: bool = False) -> None:
@@ -59,6 +60,7 @@ class Scheduler:
         self.prefill_tokens = prefill_tokens
         self.whole_chunks = whole_chunks
         self.waiting: deque[Sequence] = deque()
+        self.waiting_pages = 0
         self.running: OrderedDict[str, Sequence] = OrderedDict()
 
     def __bool__(self) -> bool:
@@ -66,6 +68,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence by its turn, behind those that wait already with the same; resumed ones come first."""
+        self.waiting_pages += sequence.reservation.pages
         if not self.waiting or self.waiting[-1].turn <= sequence.turn:
             self.waiting.append(sequence)
         else:
@@ -78,13 +81,18 @@ class Scheduler:
             sequence = self.waiting[0]
             if not self.ledger.fits(sequence.reservation.pages):
                 break
-            self.waiting.popleft()
+            self._leave_queue(sequence)
+            sequence.choose(self.ledger, self.waiting_pages)
             self.ledger.take(sequence.reservation.pages)
             sequence.reserved_pages = sequence.reservation.pages
             sequence.stage = Stage.PREFILL
             self.running[sequence.id] = sequence
             admitted.append(sequence)
         return admitted
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self.waiting_pages -= sequence.reservation.pages
 
     def plan(self) -> StepPlan:
         """The next step for what runs: every decoding sequence, and prompts in order of admission."""
@@ -132,5 +140,5 @@ class Scheduler:
             self.ledger.give_back(sequence.reserved_pages)
             sequence.reserved_pages = 0
         else:
-            self.waiting.remove(sequence)
+            self._leave_queue(sequence)
         sequence.stage = Stage.FINISHED

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from d2o.config import D2OConfig
-from d2o_server.engine.memory import Reservation
-from d2o_server.engine.types import SamplingParams
+from d2o_server.engine.auto import AutoChoice
+from d2o_server.engine.memory import PageLedger, Reservation
+from d2o_server.engine.types import AutoOutcome, SamplingParams
 
 
 class Stage(StrEnum):
@@ -26,7 +27,7 @@ class Sequence:
 
     Those that wait are admitted in the order of ``due``. ``reserved_pages`` is what admission promised: the
     reservation's peak until the prompt is compressed, then its resident bound, then exactly what compression left it
-    needing.
+    needing. With ``choice``, the reservation is its least until admission, which notes the ``outcome``.
 
     ``known`` are output tokens from before another worker died. With ``rereads`` they are read as if they were the end
     of the prompt, which leaves a full cache as it was; otherwise decode steps are run again that each yield the known
@@ -42,6 +43,8 @@ class Sequence:
     end_ids: tuple[int, ...]
     max_new_tokens: int
     reservation: Reservation
+    choice: AutoChoice | None = None
+    outcome: AutoOutcome | None = None
     due: float = 0.0
     arrived: float = field(default_factory=time.monotonic)
     stage: Stage = Stage.WAITING
@@ -61,6 +64,14 @@ class Sequence:
             self.reading += self.known
             self.output = list(self.known)
             self.launched = len(self.known)
+
+    def choose(self, ledger: PageLedger, waiting_pages: int) -> None:
+        """Settles for good, where that is open, whether it gets the full cache."""
+        if self.choice is None:
+            return
+        self.outcome = self.choice.outcome(self.reservation, ledger, waiting_pages)
+        if self.outcome is AutoOutcome.FULL:
+            self.reservation = self.choice.full
 
     @property
     def turn(self) -> tuple[bool, float]:

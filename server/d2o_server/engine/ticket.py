@@ -24,9 +24,9 @@ MOST_DEATHS = 3
 class Ticket:
     """One request on its way through a worker: what comes back, in order.
 
-    ``pages`` is what admission will reserve for it. ``queued``: there was no room for it when it came. ``tokens``: how
-    many its reader has got. ``owner``: whose pages they are. ``admitted`` and ``ended``: when it got and gave back its
-    pages.
+    ``pages`` is what admission will reserve for it, in auto at least, and then what it did; ``most_pages`` what it
+    might. ``queued``: there was no room for it when it came. ``tokens``: how many its reader has got. ``owner``: whose
+    pages they are. ``admitted`` and ``ended``: when it got and gave back its pages.
 
     With ``output``, the tokens that workers have reported, and ``stopping``, that its text has reached a stop string,
     another worker goes on with it. ``resumed`` counts how often one has; ``deaths`` those workers in a row that died
@@ -37,6 +37,7 @@ class Ticket:
     pages: int
     worker: Worker
     queued: bool
+    most_pages: int
     sent: float = field(default_factory=time.monotonic)
     events: Mailbox[TicketEvent] = field(default_factory=Mailbox)
     admission: Admitted | None = None
@@ -62,6 +63,7 @@ class Ticket:
         self.waiting = False
         if first:
             self.admission, self.admitted = admission, time.monotonic()
+            self.pages = self.most_pages = admission.reserved_pages
             self.events.put(admission)
         return first
 
@@ -87,4 +89,8 @@ class Ticket:
         if self.admission is None:
             return self.message
         self.resumed += 1
-        return msgspec.structs.replace(self.message, output=tuple(self.output), resumed=True)
+        message = self.message
+        if message.auto is not None:
+            # Another choice would be another stream: it asks for what was chosen.
+            message = msgspec.structs.replace(message, config=self.admission.config, auto=None)
+        return msgspec.structs.replace(message, output=tuple(self.output), resumed=True)

@@ -45,18 +45,50 @@ DEFAULT_PRIORITY = 5
 Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class AutoCompression:
+    """The full cache or ``config``, as room and length allow when the request is admitted."""
+
+    config: D2OConfig
+
+
+Compression = D2OConfig | AutoCompression
+
+
+def policy_name(compression: Compression) -> str:
+    """What users call it: a policy's name, or auto."""
+    return "auto" if isinstance(compression, AutoCompression) else str(compression.policy)
+
+
+class MaxLoss(StrEnum):
+    """How much quality a request may lose; :mod:`.loss_table` has the ratio of each."""
+
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+
+
+class AutoOutcome(StrEnum):
+    """What became of a request in auto: the full cache, or compressed for its length or because pages are scarce."""
+
+    FULL = "full"
+    LONG = "long"
+    PAGES = "pages"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One generation. ``prompt`` is text, token ids or chat messages.
 
-    ``compression`` None takes the server's default. ``deadline`` is a reading of ``time.monotonic``; ``client_id``
-    is the caller's own request id and is only logged. ``owner`` is whose pages it counts among, which must not be more
-    than ``max_pages`` at once; 0 is any number.
+    ``compression`` None takes the server's default; ``max_loss`` replaces its ratio and absolute budget. ``deadline``
+    is a reading of ``time.monotonic``; ``client_id`` is the caller's own request id and is only logged. ``owner`` is
+    whose pages it counts among, which must not be more than ``max_pages`` at once; 0 is any number.
     """
 
     prompt: Prompt
     sampling: SamplingParams = SamplingParams()
-    compression: D2OConfig | None = None
+    compression: Compression | None = None
+    max_loss: MaxLoss | None = None
     deadline: float | None = None
     client_id: str | None = None
     priority: int = DEFAULT_PRIORITY
@@ -66,7 +98,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The request is admitted. ``budget_per_layer`` is 0 with the full cache."""
+    """The request is admitted. ``budget_per_layer`` is 0 with the full cache; ``auto``: that policy chose another."""
 
     generation_id: str
     prompt_tokens: int
@@ -74,6 +106,7 @@ class Started:
     compression: D2OConfig
     budget_per_layer: int
     seed: int
+    auto: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +194,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """The model, its limits and the server's defaults. ``default_sampling`` has every default filled in."""
+    """The model, its limits and the server's defaults. ``default_sampling`` has every default filled in.
+
+    With auto, requests of more than ``auto_full_tokens`` tokens are always compressed.
+    """
 
     model: str
     architecture: str
@@ -177,7 +213,8 @@ class ModelInfo:
     total_pages: int
     page_bytes: int
     has_chat_template: bool
-    default_compression: D2OConfig
+    default_compression: Compression
+    auto_full_tokens: int
     default_sampling: SamplingParams
     max_logprobs: int
     server_version: str
@@ -206,7 +243,8 @@ class LayerLoad:
 class StreamLoad:
     """One request that has not ended. ``state``: waiting, prefill or decode; ``seconds`` since it was submitted.
 
-    ``policy`` and ``budget_per_layer`` are those in force once it is admitted; a budget of 0 is the full cache.
+    ``policy`` and ``budget_per_layer`` are those in force once it is admitted; a budget of 0 is the full cache. The
+    policy is None for auto, which has not chosen yet.
     """
 
     generation_id: str
@@ -216,7 +254,7 @@ class StreamLoad:
     completion_tokens: int
     max_new_tokens: int
     reserved_pages: int
-    policy: Policy
+    policy: Policy | None
     budget_per_layer: int
     seconds: float
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from d2o.config import ConfigError, D2OConfig, LayerBudgets, Merge, Policy
 from d2o_inference.v1 import inference_service_pb2 as pb
+from d2o_server.engine.types import AutoCompression, Compression, MaxLoss
 from d2o_server.errors import InvalidRequest
 from d2o_server.rpc import bounds
 
@@ -27,6 +28,11 @@ LAYER_BUDGETS: dict[pb.LayerBudgetRule, LayerBudgets] = {
     pb.LAYER_BUDGET_RULE_PAPER: LayerBudgets.PAPER,
     pb.LAYER_BUDGET_RULE_VARIANCE: LayerBudgets.VARIANCE,
 }
+MAX_LOSSES: dict[pb.MaxLoss, MaxLoss] = {
+    pb.MAX_LOSS_LOW: MaxLoss.LOW,
+    pb.MAX_LOSS_MEDIUM: MaxLoss.MEDIUM,
+    pb.MAX_LOSS_HIGH: MaxLoss.HIGH,
+}
 _POLICY_NUMBERS = {policy: number for number, policy in POLICIES.items()}
 _MERGE_NUMBERS = {merge: number for number, merge in MERGES.items()}
 _LAYER_BUDGET_NUMBERS = {rule: number for number, rule in LAYER_BUDGETS.items()}
@@ -34,6 +40,29 @@ _LAYER_BUDGET_NUMBERS = {rule: number for number, rule in LAYER_BUDGETS.items()}
 
 K = TypeVar("K", bound=int)
 V = TypeVar("V")
+
+
+def compression_of(message: pb.Compression, default: Compression) -> tuple[Compression, MaxLoss | None]:
+    """What the message asks for, and the loss that is to set its ratio.
+
+    Auto compresses as D2O does: the message's changes are to that.
+
+    Raises:
+        InvalidRequest: a field is out of bounds, or the fields contradict each other.
+    """
+    max_loss = _choice("max_loss", message.max_loss, MAX_LOSSES, pb.MaxLoss)
+    if max_loss is not None:
+        for name in ("ratio", "min_budget", "budget_tokens"):
+            if message.HasField(name):
+                raise InvalidRequest("compression.max_loss", f"{max_loss} beside {name}", f"one of max_loss and {name}")
+    auto = isinstance(default, AutoCompression)
+    base = default.config if isinstance(default, AutoCompression) else default
+    if message.policy == pb.COMPRESSION_POLICY_AUTO or (auto and not message.policy):
+        plain = pb.Compression()
+        plain.CopyFrom(message)
+        plain.policy = pb.COMPRESSION_POLICY_D2O
+        return AutoCompression(config_of(plain, base)), max_loss
+    return config_of(message, base), max_loss
 
 
 def config_of(message: pb.Compression, default: D2OConfig) -> D2OConfig:
@@ -67,15 +96,20 @@ def config_of(message: pb.Compression, default: D2OConfig) -> D2OConfig:
         raise InvalidRequest(f"compression.{error.field}", error.given, error.allowed) from error
 
 
-def policy_number(policy: Policy) -> pb.CompressionPolicy:
-    """``policy`` as the wire has it."""
-    return _POLICY_NUMBERS[policy]
+def policy_number(policy: Policy | None) -> pb.CompressionPolicy:
+    """``policy`` as the wire has it; None is auto."""
+    return pb.COMPRESSION_POLICY_AUTO if policy is None else _POLICY_NUMBERS[policy]
 
 
-def message_of(config: D2OConfig) -> pb.Compression:
-    """``config`` with every field of the wire set; ``budget_tokens`` is 0 where no absolute budget is in force."""
+def message_of(compression: Compression) -> pb.Compression:
+    """``compression`` with every field of the wire set but ``max_loss``.
+
+    ``budget_tokens`` is 0 where no absolute budget is in force.
+    """
+    auto = isinstance(compression, AutoCompression)
+    config = compression.config if isinstance(compression, AutoCompression) else compression
     return pb.Compression(
-        policy=_POLICY_NUMBERS[config.policy],
+        policy=policy_number(None if auto else config.policy),
         ratio=config.ratio,
         min_budget=config.min_budget,
         budget_tokens=config.budget_tokens or 0,
@@ -90,6 +124,6 @@ def _choice(name: str, given: K, table: dict[K, V], enum: Any) -> V | None:
     if given == 0:
         return None
     if given not in table:
-        allowed = "one of " + ", ".join(enum.Name(number) for number in table)
+        allowed = "one of " + ", ".join(enum.keys()[1:])
         raise InvalidRequest(f"compression.{name}", given, allowed)
     return table[given]

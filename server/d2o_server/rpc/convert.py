@@ -32,7 +32,7 @@ from d2o_server.engine.types import (
 )
 from d2o_server.errors import InvalidRequest
 from d2o_server.rpc import bounds
-from d2o_server.rpc.compression import config_of, message_of, policy_number
+from d2o_server.rpc.compression import compression_of, message_of, policy_number
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LENGTH = 256
@@ -82,13 +82,14 @@ def generation_request(
     changes = _sampling_changes(message.sampling, info) | _stopping_changes(message.stopping, info)
     if message.HasField("logprobs"):
         changes["logprobs"] = bounds.whole("logprobs", message.logprobs, 0, info.max_logprobs)
-    compression = None
+    compression, max_loss = None, None
     if message.HasField("compression"):
-        compression = config_of(message.compression, info.default_compression)
+        compression, max_loss = compression_of(message.compression, info.default_compression)
     return GenerationRequest(
         prompt=prompt(message.prompt, info),
         sampling=replace(default, **changes) if changes else default,
         compression=compression,
+        max_loss=max_loss,
         deadline=deadline,
         client_id=client_id,
         priority=_priority(message, highest_priority),
@@ -230,6 +231,7 @@ def started_message(started: Started) -> pb.GenerationStarted:
         compression=message_of(started.compression),
         budget_per_layer=started.budget_per_layer,
         seed=started.seed,
+        auto=started.auto,
     )
 
 

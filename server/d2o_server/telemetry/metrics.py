@@ -18,7 +18,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from d2o_server.engine.observer import Timeline
-from d2o_server.engine.types import CacheFacts, Load, ModelInfo
+from d2o_server.engine.types import AutoOutcome, CacheFacts, Load, ModelInfo, policy_name
 from d2o_server.errors import StartupError
 
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 20, 40, 80, 160)
@@ -65,6 +65,7 @@ class Metrics:
         )
         self._calls = self._counter("calls", "Calls that ended, by gRPC status.", "method", "code")
         self._rejections = self._counter("rejections", "Calls refused before they ran.", "reason")
+        self._auto = self._counter("auto_choices", "Requests in compression auto, by what became of them.", "outcome")
         self._cancellations = self._counter("cancellations", "Calls that their caller cancelled.")
         self._restarts = self._counter("worker_restarts", "Workers that died and were started again.")
         fates = self._counter(
@@ -72,6 +73,8 @@ class Metrics:
         )
         for reason in _REASONS:
             self._rejections.labels(reason=reason)
+        for outcome in AutoOutcome:
+            self._auto.labels(outcome=outcome)
         self._kept, self._merged, self._dropped = (fates.labels(fate=fate) for fate in _FATES)
         ProcessCollector(registry=self.registry)
 
@@ -83,7 +86,7 @@ class Metrics:
             "model": info.model,
             "architecture": info.architecture,
             "dtype": info.dtype,
-            "compression": str(info.default_compression.policy),
+            "compression": policy_name(info.default_compression),
             "torch": _installed("torch"),
             "transformers": _installed("transformers"),
         }
@@ -96,6 +99,8 @@ class Metrics:
 
     def ended(self, timeline: Timeline) -> None:
         """Counts a generation that is over."""
+        if timeline.auto is not None:
+            self._auto.labels(outcome=timeline.auto).inc()
         if timeline.cache is None:
             return
         self.request.observe(timeline.ended - timeline.arrived)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 
+from d2o_server.engine.auto import choice_of
 from d2o_server.engine.memory import CacheShape, reserve
 from d2o_server.engine.messages import (
     Admitted,
@@ -85,6 +86,7 @@ class WorkerCore:
             end_ids=message.end_ids,
             max_new_tokens=message.max_new_tokens,
             reservation=reservation,
+            choice=choice_of(self.shape, message),
             due=message.due,
             known=message.output,
             resumed=message.resumed,
@@ -107,6 +109,7 @@ class WorkerCore:
                     reserved_pages=reservation.pages,
                     budget=reservation.budget,
                     config=reservation.config,
+                    auto=sequence.outcome,
                 )
             )
 

@@ -31,6 +31,7 @@ def admission(tensor_parallel: int) -> Admission:
         page_bytes=1,
         has_chat_template=False,
         default_compression=defaults.compression,
+        auto_full_tokens=2048,
         default_sampling=defaults.sampling,
         max_logprobs=20,
         server_version="0",

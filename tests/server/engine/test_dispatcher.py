@@ -10,12 +10,13 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import pytest_asyncio
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.dispatcher import Dispatcher
-from d2o_server.engine.messages import Admitted, Ended, Failed, NewToken, Submit, WorkerSettings
+from d2o_server.engine.messages import Admitted, AutoTerms, Ended, Failed, NewToken, Submit, WorkerSettings
 from d2o_server.engine.ticket import Ticket, TicketEvent
 from d2o_server.engine.types import SamplingParams
 from d2o_server.engine.worker_client import Worker
@@ -93,6 +94,20 @@ async def test_a_request_is_admitted_generates_and_ends(dispatcher: Dispatcher) 
     assert ticket.done
     dispatcher.release(ticket)
     assert (dispatcher.running, dispatcher.waiting) == (0, [])
+
+
+async def test_auto_is_told_what_its_owner_has_left(workers: list[Worker]) -> None:
+    dispatcher = Dispatcher(workers, max_waiting=9, max_waiting_tokens=500)
+    wanted = msgspec.structs.replace(request(2), config=D2OConfig(budget_tokens=8), auto=AutoTerms(2048))
+    first = dispatcher.submit(wanted, 3, most_pages=10, owner="key:a", max_pages=19)
+    assert (first.message.auto, first.most_pages) == (AutoTerms(2048, 19), 10)
+    wanted = msgspec.structs.replace(wanted, id=next(IDS))
+    second = dispatcher.submit(wanted, 3, most_pages=10, owner="key:a", max_pages=19)
+    assert (second.message.auto, second.most_pages) == (AutoTerms(2048, 9), 3)
+    for ticket in (first, second):
+        await events(ticket)
+        dispatcher.release(ticket)
+    await asyncio.gather(*map(until_idle, workers))
 
 
 async def test_requests_that_come_at_once_are_spread_over_workers(dispatcher: Dispatcher) -> None:

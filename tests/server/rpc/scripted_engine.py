@@ -68,6 +68,7 @@ MODEL = ModelInfo(
     page_bytes=2**33,
     has_chat_template=True,
     default_compression=D2OConfig(),
+    auto_full_tokens=2048,
     default_sampling=SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=256),
     max_logprobs=20,
     server_version="0.0.0",

@@ -10,9 +10,18 @@ from hypothesis import strategies as st
 
 from d2o.config import D2OConfig, LayerBudgets, Merge, Policy
 from d2o_inference.v1 import inference_service_pb2 as pb
+from d2o_server.engine.types import AutoCompression, MaxLoss
 from d2o_server.errors import InvalidRequest
 from d2o_server.rpc import convert
-from d2o_server.rpc.compression import LAYER_BUDGETS, MERGES, POLICIES, config_of, message_of
+from d2o_server.rpc.compression import (
+    LAYER_BUDGETS,
+    MAX_LOSSES,
+    MERGES,
+    POLICIES,
+    compression_of,
+    config_of,
+    message_of,
+)
 from tests.server.rpc.scripted_engine import MODEL
 
 DEFAULT = D2OConfig(ratio=0.3, min_budget=512, merge=Merge.PAPER, sinks=8)
@@ -24,10 +33,12 @@ DEFAULT = D2OConfig(ratio=0.3, min_budget=512, merge=Merge.PAPER, sinks=8)
         (POLICIES, pb.CompressionPolicy, Policy),
         (MERGES, pb.MergeRule, Merge),
         (LAYER_BUDGETS, pb.LayerBudgetRule, LayerBudgets),
+        (MAX_LOSSES, pb.MaxLoss, MaxLoss),
     ],
 )
 def test_every_choice_of_the_wire_is_one_of_the_methods(table: dict[int, object], wire: Any, ours: Any) -> None:
-    assert set(table) == set(wire.values()) - {0}
+    # Auto is no rule of the method's, but a choice between two.
+    assert set(table) == set(wire.values()) - {0} - ({pb.COMPRESSION_POLICY_AUTO} if table is POLICIES else set())
     assert set(table.values()) == set(ours)
     assert all(wire.Name(number).endswith(f"_{choice.name}") for number, choice in table.items())  # type: ignore[attr-defined]
 
@@ -112,6 +123,51 @@ def test_a_field_out_of_bounds_is_refused(message: pb.Compression, text: str) ->
 def test_an_unknown_merge_rule_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"^compression\.merge: got 9, allowed is one of MERGE_RULE_NONE, "):
         config_of(pb.Compression(merge=9), DEFAULT)  # type: ignore[arg-type]
+
+
+AUTO = pb.COMPRESSION_POLICY_AUTO
+
+
+def test_auto_compresses_as_d2o_does_at_the_servers_budget() -> None:
+    assert compression_of(pb.Compression(policy=AUTO), DEFAULT) == (AutoCompression(DEFAULT), None)
+    snapkv = D2OConfig.of(Policy.SNAPKV, ratio=0.3, min_budget=512)
+    assert compression_of(pb.Compression(policy=AUTO, ratio=0.1), snapkv) == (
+        AutoCompression(D2OConfig(ratio=0.1, min_budget=512)),
+        None,
+    )
+
+
+def test_a_server_in_auto_stays_so_until_a_policy_is_named() -> None:
+    default = AutoCompression(DEFAULT)
+    changed = AutoCompression(DEFAULT.with_changes(ratio=0.1))
+    assert compression_of(pb.Compression(ratio=0.1), default) == (changed, None)
+    assert compression_of(pb.Compression(policy=pb.COMPRESSION_POLICY_D2O), default) == (DEFAULT, None)
+    assert message_of(default).policy == AUTO
+    assert compression_of(message_of(default), default) == (default, None)
+
+
+@pytest.mark.parametrize("policy", [0, AUTO, pb.COMPRESSION_POLICY_D2O])
+def test_a_loss_stands_beside_a_policy(policy: pb.CompressionPolicy) -> None:
+    assert compression_of(pb.Compression(policy=policy, max_loss=pb.MAX_LOSS_LOW), DEFAULT)[1] is MaxLoss.LOW
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (
+            pb.Compression(max_loss=9),  # type: ignore[arg-type]
+            "compression.max_loss: got 9, allowed is one of MAX_LOSS_LOW, MAX_LOSS_MEDIUM, MAX_LOSS_HIGH",
+        ),
+        (
+            pb.Compression(max_loss=pb.MAX_LOSS_HIGH, budget_tokens=64),
+            "compression.max_loss: got high beside budget_tokens, allowed is one of max_loss and budget_tokens",
+        ),
+    ],
+)
+def test_a_loss_that_means_nothing_is_refused(message: pb.Compression, text: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        compression_of(message, DEFAULT)
+    assert str(refused.value) == text
 
 
 shares = st.integers(0, 50).map(lambda hundredths: hundredths / 100)
