@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks._prompts import tokenizer
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import contenders
-from benchmarks.quality.cases import retrieval_cases, text_cases
-from benchmarks.quality.probe import FULL, Contender, Probe
+from benchmarks.quality.cases import agreement_cases, long_cases, text_cases
+from benchmarks.quality.probe import FULL, Contender, Probe, rounded
+from benchmarks.quality.retrieval import TASKS, retrieval_cases
+from benchmarks.quality.summary import PARTS, row
 from d2o.config import D2OConfig
 from d2o_server.models.source import resolve
 from d2o_server.worker.loader import load_model
@@ -67,6 +70,15 @@ def test_compression_costs_what_it_loses_and_leaves_no_page(probe: Probe) -> Non
     probe.core.check_integrity()
 
 
+def test_rounding_to_eight_bits_costs_a_little_and_to_two_bits_much(probe: Probe) -> None:
+    values = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    assert (rounded(values, 8) - values).abs().max() <= values.abs().max() / 127 / 2 + 1e-6
+    assert all(row.unique().numel() <= 3 for row in rounded(values, 2))
+    eight, two = (Contender(name=f"{bits} bits", config=FULL, bits=bits) for bits in (8, 2))
+    some, much = (trace.divergence.mean() for trace in probe.run(PROMPT, CONTINUATION, [eight, two]))
+    assert 0 < some < much / 10
+
+
 def test_a_prompt_that_is_too_short_is_refused(probe: Probe) -> None:
     with pytest.raises(ValueError, match=r"got 1 and 40 tokens, allowed are at least 2 and 1"):
         probe.run(PROMPT[:1], CONTINUATION, [TIGHT])
@@ -75,30 +87,58 @@ def test_a_prompt_that_is_too_short_is_refused(probe: Probe) -> None:
 
 
 def test_facts_are_in_the_prompt_and_the_answer_is_what_counts() -> None:
-    def encode(text: str) -> list[int]:
-        return list(text.encode())
-
-    cases = list(retrieval_cases(encode, per_kind=1, prompt=1200, folder=None))
-    assert {case.task for case in cases} == {"multikey-inside", "multikey-after"}
+    bytewise = tokenizer(MODEL)
+    cases = list(retrieval_cases(bytewise, TASKS, per_kind=1, prompt=2400, folder=None))
+    assert {case.task for case in cases} == set(TASKS)
+    assert len({case.key for case in cases}) == len(cases) == 4 * len(TASKS)
     for case in cases:
-        answer = bytes(case.continuation[case.counts_from :]).decode()
-        assert bytes(case.prompt).decode(errors="replace").count("The secret code of the") >= 4
-        assert f"is{answer}." in bytes(case.prompt).decode(errors="replace")
-    told = list(text_cases(encode, per_kind=2, prompt=300, follow=20, folder=None))
-    assert len({case.prompt for case in told}) == len(told) == 8
-    assert {len(case.continuation) for case in told} == {20}
+        prompt, answer = bytewise.decode(case.prompt), bytewise.decode(case.continuation[case.counts_from :])
+        codes = answer.split(", ")
+        assert all(code.strip().isdecimal() and f"is {code.strip()}." in prompt for code in codes)
+        assert len(codes) == (3 if "multivalue" in case.task else 1)
+        place = prompt.index(f"is {codes[0].strip()}.") / len(prompt)
+        assert place < 0.2 if case.depth is None else abs(place - case.depth) < 0.2
+        question = prompt.count("Question:") + prompt.count("What is the secret")
+        assert (question == 0) == case.task.endswith("after")
+
+
+def test_windows_of_text_do_not_overlap_and_follow_on() -> None:
+    encode = tokenizer(MODEL).encode
+    for made in (text_cases, long_cases):
+        told = list(made(encode, per_kind=2, prompt=300, follow=20, folder=None))
+        assert len({case.prompt for case in told}) == len(told) == 8
+        assert {(len(case.prompt), len(case.continuation), case.absolute) for case in told} == {
+            (300, 20, made is long_cases)
+        }
+
+
+def test_what_the_full_cache_says_is_what_it_would_choose(probe: Probe) -> None:
+    (case, *_) = agreement_cases(tokenizer(MODEL).encode, per_kind=1, prompt=120, follow=30, folder=None)
+    said = probe.greedy(case.prompt, case.greedy)
+    full, tight = probe.run(case.prompt, said, [Contender(name="full", config=FULL), TIGHT])
+    assert row(case, "full", full)["prefix"] == len(said) == 30
+    assert row(case, "tight", tight)["prefix"] == next((i for i, hit in enumerate(tight.hit) if not hit), 30)
+    assert probe.caches.pool.used_pages == 0
 
 
 def test_a_run_that_is_started_again_goes_on_where_it_was(tmp_path: Path) -> None:
     arguments = ["--model", MODEL, "--threads", "1", "--texts", "1", "--questions", "1", "--prompt-tokens", "96"]
     arguments += ["--follow-tokens", "8", "--question-tokens", "900", "--ratios", "0.3", "--out", str(tmp_path)]
+    arguments += ["--tasks", "text", "multikey-inside", "agreement", "long", "--budgets", "40"]
+    arguments += ["--agreement-tokens", "6", "--long-tokens", "64", "24"]
     assert quality.main([*arguments, "--contenders", "h2o"]) == 0
     log = tmp_path / "quality.log.jsonl"
     first = log.read_text()
     assert quality.main([*arguments, "--contenders", "h2o", "d2o"]) == 0
     assert log.read_text().startswith(first)
     added = [json.loads(line)["contender"] for line in log.read_text()[len(first) :].splitlines()]
-    assert added == ["d2o@0.3"] * 12
-    rows = json.loads((tmp_path / "quality.json").read_text())["summary"]["all"]
-    assert {row["contender"] for row in rows} == {"full", "h2o@0.3", "d2o@0.3"}
-    assert all(row["rise"] == 0 for row in rows if row["contender"] == "full")
+    assert sorted(added) == ["d2o@0.3"] * 12 + ["d2o@40"] * 4
+    document = json.loads((tmp_path / "quality.json").read_text())
+    rows = document["summary"]["all"]
+    assert {each["contender"] for each in rows if each["task"] != "long"} == {"full", "h2o@0.3", "d2o@0.3"}
+    assert all(each["rise"] == 0 for each in rows if each["contender"] == "full")
+    parts = {each["contender"]: each["rise_by_part"] for each in rows if each["task"] == "long"}
+    assert (set(parts), parts["full"]) == ({"full", "h2o@40", "d2o@40"}, [0.0] * PARTS)
+    assert {each["depth"] for each in document["by_depth"]} <= {0.1, 0.35, 0.6, 0.85}
+    with pytest.raises(SystemExit, match="tasks: got 'sums', allowed are text, agreement, long, single-inside"):
+        quality.main([*arguments, "--tasks", "sums"])

@@ -1,9 +1,8 @@
-"""What is asked of a cache: the next tokens of real text, and facts hidden in it (after RULER, arXiv 2404.06654)."""
+"""What is asked of a cache: the next tokens of real text, or those that the full cache would say."""
 
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,79 +10,68 @@ from pathlib import Path
 from benchmarks.quality import texts
 
 Encode = Callable[[str], list[int]]
-_KEYS = ("harbour", "meadow", "lantern", "orchard", "granite", "compass", "violin", "saddle", "teapot", "glacier")
-_DEPTHS = (0.1, 0.35, 0.6, 0.85)
-_DIGITS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A prompt, what follows it, and from which token of that on it counts. ``half`` chooses (0) or confirms (1)."""
+    """A prompt, what follows it, and from which token of that on it counts. ``half`` chooses (0) or confirms (1).
+
+    Instead of a continuation, ``greedy`` tokens: what the full cache says. ``depth`` is where in the prompt the answer
+    is, from 0 to 1. With ``absolute`` it is for contenders of an absolute budget.
+    """
 
     name: str
     task: str
     kind: str
     half: int
     prompt: tuple[int, ...]
-    continuation: tuple[int, ...]
+    continuation: tuple[int, ...] = ()
+    greedy: int = 0
     counts_from: int = 0
+    depth: float | None = None
+    absolute: bool = False
 
     @property
     def key(self) -> str:
         """What its figures are logged under: they count for these very tokens alone."""
-        digest = hashlib.sha256(repr((self.prompt, self.continuation)).encode()).hexdigest()
-        return f"{self.name}-{digest[:12]}"
+        asked: tuple[object, ...] = (self.prompt, self.continuation, *([self.greedy] if self.greedy else []))
+        return f"{self.name}-{hashlib.sha256(repr(asked).encode()).hexdigest()[:12]}"
+
+    @property
+    def tokens(self) -> int:
+        """Of prompt and continuation together."""
+        return len(self.prompt) + max(len(self.continuation), self.greedy)
 
 
 def text_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
     """Loss on the ``follow`` tokens after prompts of real text."""
+    yield from _windows("text", encode, per_kind=per_kind, prompt=prompt, follow=follow, folder=folder)
+
+
+def long_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
+    """Loss on a continuation much longer than its prompt, at an absolute budget: does it drift?"""
+    yield from _windows("long", encode, per_kind=per_kind, prompt=prompt, follow=follow, folder=folder, absolute=True)
+
+
+def agreement_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
+    """How long a cache says what the full cache says, and how far its distributions are from the full cache's."""
+    for kind, found in texts.kinds(folder).items():
+        for number, ids in enumerate(texts.windows(found, encode, tokens=prompt, count=per_kind)):
+            name = f"agreement-{kind}-{prompt}-{number}"
+            yield Case(name=name, task="agreement", kind=kind, half=number % 2, prompt=ids, greedy=follow)
+
+
+def _windows(
+    task: str, encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None, absolute: bool = False
+) -> Iterator[Case]:
     for kind, found in texts.kinds(folder).items():
         for number, ids in enumerate(texts.windows(found, encode, tokens=prompt + follow, count=per_kind)):
             yield Case(
-                name=f"text-{kind}-{prompt}-{number}",
-                task="text",
+                name=f"{task}-{kind}-{prompt}-{number}",
+                task=task,
                 kind=kind,
                 half=number % 2,
                 prompt=ids[:prompt],
                 continuation=ids[prompt:],
+                absolute=absolute,
             )
-
-
-def retrieval_cases(encode: Encode, *, per_kind: int, prompt: int, folder: Path | None) -> Iterator[Case]:
-    """Four facts at four depths of real text and a question for one: inside the prompt, or after it."""
-    number = 0
-    for kind, found in texts.kinds(folder).items():
-        for ids in texts.windows(found, encode, tokens=prompt, count=per_kind):
-            draw = random.Random(number)
-            keys = draw.sample(_KEYS, len(_DEPTHS))
-            codes = ["".join(draw.choices("0123456789", k=_DIGITS)) for _ in keys]
-            asked = draw.randrange(len(keys))
-            question = encode(f"\n\nQuestion: What is the secret code of the {keys[asked]}?"
-                              f"\nAnswer: The secret code of the {keys[asked]} is")  # fmt: skip
-            facts = [encode(f"\n\nThe secret code of the {k} is {c}.\n\n") for k, c in zip(keys, codes, strict=True)]
-            answer = tuple(encode(f" {codes[asked]}"))
-            room = prompt - sum(map(len, facts)) - len(question)
-            story = tuple(_hidden(ids[:room], facts))
-            for placed in ("inside", "after"):
-                inside = placed == "inside"
-                yield Case(
-                    name=f"multikey-{placed}-{prompt}-{number}",
-                    task=f"multikey-{placed}",
-                    kind=kind,
-                    half=number % 2,
-                    prompt=story + tuple(question) if inside else story,
-                    continuation=answer if inside else tuple(question) + answer,
-                    counts_from=0 if inside else len(question),
-                )
-            number += 1
-
-
-def _hidden(story: tuple[int, ...], facts: list[list[int]]) -> Iterator[int]:
-    """The story with each fact at its depth."""
-    begin = 0
-    for depth, fact in zip(_DEPTHS, facts, strict=True):
-        end = int(depth * len(story))
-        yield from story[begin:end]
-        yield from fact
-        begin = end
-    yield from story[begin:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from benchmarks.quality.probe import FULL, Contender
 from d2o.config import D2OConfig, LayerBudgets, Merge
@@ -21,7 +22,10 @@ _FORMS: dict[str, Callable[..., D2OConfig]] = {
     "d2o-no-bias": lambda **budget: D2OConfig(merge_bias=False, **budget),
 }
 SCRAMBLED = "d2o-random"
-NAMES = (*_FORMS, SCRAMBLED)
+# Half of the bytes by rounding: the full cache, whatever the ratio, and the default.
+_ROUNDED = ("8-bit", "d2o-8-bit")
+_BITS = 8
+NAMES = (*_FORMS, SCRAMBLED, *_ROUNDED)
 DEFAULT = ("streaming", "h2o", "snapkv", "paper", "d2o", "d2o-drop", SCRAMBLED)
 
 
@@ -31,13 +35,22 @@ def named(names: Sequence[str], ratios: Sequence[float]) -> list[Contender]:
     Raises:
         ValueError: a name that there is not.
     """
+    return _made(names, {f"{ratio:g}": {"ratio": ratio, "min_budget": 1} for ratio in ratios})
+
+
+def absolute(names: Sequence[str], budgets: Sequence[int]) -> list[Contender]:
+    """The same at absolute budgets in slots, called ``name@slots``."""
+    return _made(names, {str(budget): {"budget_tokens": budget} for budget in budgets})
+
+
+def _made(names: Sequence[str], budgets: dict[str, dict[str, Any]]) -> list[Contender]:
     for name in names:
         if name not in NAMES:
             raise ValueError(f"contenders: got {name!r}, allowed are {', '.join(NAMES)}")
     made = [Contender(name="full", config=FULL)]
-    for ratio in ratios:
+    for label, budget in budgets.items():
         for name in names:
-            form = _FORMS["d2o" if name == SCRAMBLED else name]
-            config = form(ratio=ratio, min_budget=1)
-            made.append(Contender(name=f"{name}@{ratio:g}", config=config, scrambled=name == SCRAMBLED))
+            config = _FORMS.get(name, D2OConfig)(**budget) if name != "8-bit" else FULL
+            bits = _BITS if name in _ROUNDED else None
+            made.append(Contender(name=f"{name}@{label}", config=config, scrambled=name == SCRAMBLED, bits=bits))
     return made

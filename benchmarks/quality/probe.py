@@ -7,6 +7,7 @@ like any request. The continuation is forced, as when a stream is resumed after 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.memory import reserve
-from d2o_server.engine.messages import WorkerSettings
+from d2o_server.engine.messages import Submit, WorkerSettings
 from d2o_server.engine.scheduler import PrefillSlice, StepPlan
 from d2o_server.engine.sequence import Sequence
 from d2o_server.engine.types import SamplingParams
@@ -30,15 +31,20 @@ FULL = D2OConfig(policy=Policy.NONE)
 _GREEDY = SamplingParams(ignore_end_of_text=True, logprobs=0)
 _PAGE_SIZE = 16
 _CHUNK = 512
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """A way to keep a cache. ``scrambled``: the prompt's scores change places at random, which must cost much."""
+    """A way to keep a cache. ``scrambled``: the prompt's scores change places at random, which must cost much.
+
+    ``bits``: the prompt's keys and values are rounded to so many, by one scale a token and head.
+    """
 
     name: str
     config: D2OConfig
     scrambled: bool = False
+    bits: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +65,7 @@ class Probe:
     """A model with room for a prompt and ``contenders`` continuations of it, ``tokens`` tokens at most together."""
 
     def __init__(self, model: str, *, dtype: str, threads: int, tokens: int, contenders: int) -> None:
+        _keep_large_blocks()
         layers = describe(load_config(resolve(model))).layers
         settings = WorkerSettings(
             model=model,
@@ -106,6 +113,27 @@ class Probe:
             self.runner.watch = None
         return [traces[contender.name] for contender in contenders]
 
+    @torch.inference_mode()
+    def greedy(self, prompt: Several[int], tokens: int) -> tuple[int, ...]:
+        """The ``tokens`` tokens that the full cache says after a prompt, past any end of text."""
+        asked = Submit(
+            id="greedy",
+            prompt=tuple(prompt),
+            sampling=SamplingParams(temperature=0.0, ignore_end_of_text=True),
+            seed=0,
+            config=FULL,
+            end_ids=(),
+            max_new_tokens=tokens,
+        )
+        self.core.handle(asked)
+        said: list[int] = []
+        while self.core:
+            report = self.core.step()
+            if report.failed:
+                raise RuntimeError(f"greedy: {report.failed[0].message}")
+            said += [each.token for each in report.tokens]
+        return tuple(said)
+
     def _groups(self, full: Contender, others: list[Contender]) -> Iterator[list[Contender]]:
         """What runs together: contenders that one reading serves, as many as have room; the full cache first."""
         together = [full]
@@ -123,9 +151,7 @@ class Probe:
         """One reading of the prompt and its copies, of which a first full one is what divergence is measured from."""
         parent = self._sequence("parent", prompt, known, _reader(contenders))
         self.runner.open(parent)
-        for start in range(0, len(prompt) - 1, _CHUNK):
-            count = min(_CHUNK, len(prompt) - 1 - start)
-            self.runner.launch(StepPlan((), (PrefillSlice(parent, start, count),)), set())
+        self._read(parent)
         copies = [self._sequence(each.name, prompt, known, each.config) for each in contenders]
         for copy in copies:
             self.core.scheduler.add(copy)
@@ -146,6 +172,12 @@ class Probe:
             ]
             traces[copy.id] = watched.trace(copy.id, sum(held) / len(held))
         return traces
+
+    def _read(self, parent: Sequence) -> None:
+        """Reads all of the prompt but its last token, which each copy reads itself."""
+        tokens = len(parent.prompt) - 1
+        for start in range(0, tokens, _CHUNK):
+            self.runner.launch(StepPlan((), (PrefillSlice(parent, start, min(_CHUNK, tokens - start)),)), set())
 
     def _sequence(self, name: str, prompt: tuple[int, ...], known: tuple[int, ...], config: D2OConfig) -> Sequence:
         reservation = reserve(self.core.shape, config, len(prompt), len(known))
@@ -171,11 +203,26 @@ class Probe:
         new = pool.slot_rows(layers, torch.tensor(target.row), slots).flatten()
         for store in (pool.k, pool.v):
             flat = store.view(-1, pool.head_dim)
-            flat[new] = flat[old]
+            flat[new] = flat[old] if contender.bits is None else rounded(flat[old], contender.bits)
         self.caches.targets(target)
         if target.scores is not None and source.scores is not None:
             _copy_scores(source.scores, target.scores, contender.scrambled)
         copy.prefilled = read
+
+
+def _keep_large_blocks() -> None:
+    """What the server does for its workers with variables of the environment (docs/adr/0006): glibc's mallopt."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def rounded(values: Tensor, bits: int) -> Tensor:
+    """``values`` [n, head_dim] as whole multiples of each row's own scale, of ``bits`` bits with the sign."""
+    most = 2 ** (bits - 1) - 1
+    scale = values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny) / most
+    return (values / scale).round() * scale
 
 
 def _copy_scores(source: PromptScores, target: PromptScores, scrambled: bool) -> None:

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/quality.md from the results' JSON, between marks that name the file."""
+"""Writes the tables of docs/quality.md from the results' JSON, between marks that name the file, and draws the plot."""
 
 from __future__ import annotations
 
@@ -11,10 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._cli import RESULTS
+from benchmarks.quality.plot import plot_quality
 
 PAGE = RESULTS.parents[1] / "docs" / "quality.md"
 _MARKS = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_TASKS = {"text": "loss on text", "multikey-inside": "question inside", "multikey-after": "question after"}
+_TASKS = {
+    "text": "loss on text",
+    "agreement": "after the full cache's own words",
+    "single-inside": "one fact, question inside",
+    "single-after": "one fact, question after",
+    "multikey-inside": "question inside",
+    "multikey-after": "question after",
+    "multivalue-inside": "three values, question inside",
+    "multivalue-after": "three values, question after",
+    "tracking-inside": "by another name, question inside",
+    "tracking-after": "by another name, question after",
+    "turns": "five turns",
+}
+
+_EXTRAS = {"hits": "hits", "prefix": "same tokens"}
+_FORMATS = {"hits": ".2f", "prefix": ".0f"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     options = parser.parse_args(arguments)
     options.page.write_text(filled(options.page.read_text(), options.results))
+    if (options.results / "quality.json").exists():
+        print(f"written: {plot_quality(options.results).name}")
     return 0
 
 
@@ -41,23 +59,27 @@ def _table(result: dict[str, Any]) -> str:
     tasks = [task for task in _TASKS if any(row[0] == task for row in rows)]
     head = ["policy@ratio", "slots a layer"]
     for task in tasks:
-        head += [_TASKS[task]] if task == "text" else [_TASKS[task], "hits"]
+        head += [_TASKS[task], *(name for key, name in _EXTRAS.items() if key in rows[task, "full"])]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in dict.fromkeys(contender for _, contender in rows):
+    for name in dict.fromkeys(contender for _, contender in rows if (tasks[0], contender) in rows):
         line = [name, f"{rows[tasks[0], name]['slots']:.0f}"]
         for task in tasks:
             row = rows[task, name]
             error = row["rise_error"] or 0.0
             line.append(f"{row['rise']:.3f} ± {error:.3f}" if name != "full" else f"{row['loss']:.3f} (loss itself)")
-            line += [] if task == "text" else [f"{row['hits']:.2f}"]
+            line += [f"{row[key]:{_FORMATS[key]}}" for key in _EXTRAS if key in row]
         lines.append("| " + " | ".join(line) + " |")
     cases = ", ".join(f"{count} of {task}" for task, count in result["cases"].items())
     machine = result["machine"]
     lines.append(
         f"\n{result['model']}, {result['dtype']}; cases: {cases}; prompts of {result['prompt_tokens']} (text) and"
-        f" {result['question_tokens']} tokens; commit {machine['commit'][:12]}, {machine['date'][:10]}.\n"
+        f" {_numbers(result['question_tokens'])} tokens; commit {machine['commit'][:12]}, {machine['date'][:10]}.\n"
     )
     return "\n".join(lines)
+
+
+def _numbers(given: int | list[int]) -> str:
+    return str(given) if isinstance(given, int) else " and ".join(map(str, given))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""Rows of single cases to means over them: what a policy costs more than the full cache, with standard errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import sqrt
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.quality.cases import Case
+from benchmarks.quality.probe import Trace
+
+# Tasks without an answer that is right or wrong.
+_WITHOUT_HITS = ("text", "agreement", "long")
+# Below this share of hits with the full cache a retrieval task says nothing about compression.
+_LEAST_FULL_HITS = 0.3
+# A long continuation is looked at in so many parts.
+PARTS = 8
+
+Row = dict[str, Any]
+
+
+def row(case: Case, contender: str, trace: Trace) -> Row:
+    """The figures of one contender in one case, as they are logged."""
+    loss, hit, divergence = (values[case.counts_from :] for values in (trace.loss, trace.hit, trace.divergence))
+    made: Row = {
+        "case": case.key,
+        "task": case.task,
+        "kind": case.kind,
+        "half": case.half,
+        "prompt_tokens": len(case.prompt),
+        "depth": case.depth,
+        "contender": contender,
+        "loss": float(loss.mean()),
+        "hit": bool(hit.all()),
+        "divergence": float(divergence.mean()),
+        "slots": trace.slots,
+    }
+    if case.greedy:
+        made["prefix"] = len(hit) if bool(hit.all()) else int(hit.int().argmin())
+    if case.task == "long":
+        made["loss_by_part"] = [float(part.mean()) for part in loss.tensor_split(PARTS)]
+    return made
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """One row a task and contender: rise of loss over the full cache's and its standard error, hits, divergence.
+
+    ``counts`` is false for a retrieval task that the full cache itself does not do well; ``prefix`` is how many greedy
+    tokens are the full cache's before the first that is not.
+    """
+    full = {row["case"]: row for row in rows if row["contender"] == "full"}
+    made = []
+    for task in sorted({row["task"] for row in rows}):
+        of_task = [row for row in rows if row["task"] == task]
+        reference = mean(row["hit"] for row in of_task if row["contender"] == "full")
+        for name in dict.fromkeys(row["contender"] for row in of_task):
+            own = [row for row in of_task if row["contender"] == name]
+            rise, error = _mean_and_error(row["loss"] - full[row["case"]]["loss"] for row in own)
+            counts = task in _WITHOUT_HITS or reference >= _LEAST_FULL_HITS
+            entry = {"task": task, "contender": name, "cases": len(own), "loss": mean(row["loss"] for row in own)}
+            entry |= {"rise": rise, "rise_error": error}
+            if task not in _WITHOUT_HITS:
+                entry["hits"], entry["hits_error"] = _mean_and_error(float(row["hit"]) for row in own)
+            if "prefix" in own[0]:
+                entry["prefix"], entry["prefix_error"] = _mean_and_error(row["prefix"] for row in own)
+            if "loss_by_part" in own[0]:
+                entry["rise_by_part"] = _rise_by_part(own, full)
+            entry |= {"divergence": mean(row["divergence"] for row in own), "slots": mean(row["slots"] for row in own)}
+            made.append(entry | {"counts": counts})
+    return made
+
+
+def by(rows: Sequence[Row], what: str) -> list[Row]:
+    """:func:`summary` for each value of a field of the rows, such as depth, apart; rows without it are left out."""
+    values = sorted({row[what] for row in rows if row.get(what) is not None})
+    return [{what: value} | each for value in values for each in summary([row for row in rows if row[what] == value])]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The summary as lines of text."""
+    columns: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
+        ("cases", 6, lambda row: f"{row['cases']}"),
+        ("rise of loss", 14, lambda row: f"{row['rise']:.3f}"),
+        ("+-", 8, lambda row: "" if row["rise_error"] is None else f"{row['rise_error']:.3f}"),
+        ("hits", 7, lambda row: f"{row['hits']:.2f}" if "hits" in row else ""),
+        ("prefix", 8, lambda row: f"{row['prefix']:.0f}" if "prefix" in row else ""),
+        ("KL", 8, lambda row: f"{row['divergence']:.3f}"),
+        ("slots", 8, lambda row: f"{row['slots']:.0f}"),
+    )
+    lines = [f"{'task':18}{'policy':22}" + "".join(f"{name:>{width}}" for name, width, _ in columns)]
+    for row in rows:
+        cells = "".join(f"{cell(row):>{width}}" for _, width, cell in columns)
+        weak = "" if row["counts"] else "  full cache too weak"
+        lines.append(f"{row['task']:18}{row['contender']:22}{cells}{weak}")
+    return "\n".join(lines)
+
+
+def _rise_by_part(own: Sequence[Row], full: dict[str, Row]) -> list[float]:
+    pairs = [zip(row["loss_by_part"], full[row["case"]]["loss_by_part"], strict=True) for row in own]
+    rises = ([lost - reference for lost, reference in pair] for pair in pairs)
+    return [mean(part) for part in zip(*rises, strict=True)]
+
+
+def _mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
+    """The mean and its standard error, None for a single value."""
+    known = list(values)
+    return mean(known), stdev(known) / sqrt(len(known)) if len(known) > 1 else None
