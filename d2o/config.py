@@ -109,7 +109,9 @@ class D2OConfig:
         recent_share: share of a layer's budget that its most recent tokens take, in [0, 1], rounded down.
         recent_tokens: the same in tokens; replaces ``recent_share`` where set.
         window_queries: prompt queries at its end that make up the observation window; 0 means no window score.
-        window_pool: width of the mean pooling over window scores; odd.
+        window_pool: width of the mean pooling over window scores, in slots.
+        window_ahead: how many of the pooled slots come after the one that gets the mean, the others before; None is
+            half of them, for which the width must be odd.
         window_quota: share of a layer's budget that goes to the best by window score, in [0, 1].
         window_blend: weight of the window score in the ranking of the rest, in [0, 1].
         ranking: rank by mean or by summed attention.
@@ -137,6 +139,7 @@ class D2OConfig:
     recent_tokens: int | None = None
     window_queries: int = 32
     window_pool: int = 7
+    window_ahead: int | None = None
     window_quota: float = 0.5
     window_blend: float = 0.0
     ranking: Ranking = Ranking.MEAN
@@ -172,8 +175,12 @@ class D2OConfig:
         self._check_whole("sinks", self.sinks, 0)
         self._check_whole("window_queries", self.window_queries, 0)
         self._check_whole("window_pool", self.window_pool, 1)
-        if self.window_pool % 2 == 0:
-            raise ConfigError("window_pool", self.window_pool, "an odd whole number")
+        if self.window_ahead is None and self.window_pool % 2 == 0:
+            raise ConfigError("window_pool", self.window_pool, "an odd whole number where window_ahead is None")
+        if self.window_ahead is not None:
+            self._check_whole("window_ahead", self.window_ahead, 0)
+            if self.window_ahead >= self.window_pool:
+                raise ConfigError("window_ahead", self.window_ahead, f"less than window_pool = {self.window_pool}")
         if self.window_quota + self.recent_share > 1:
             raise ConfigError("window_quota", self.window_quota, f"at most 1 - recent_share = {1 - self.recent_share}")
         if (self.window_quota or self.window_blend) and not self.window_queries:

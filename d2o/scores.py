@@ -45,6 +45,9 @@ def extrapolate(score: Tensor, position: Tensor, seen: Tensor, config: D2OConfig
 def pooled_window_mean(window: Tensor, position: Tensor, used: Tensor, seen: Tensor, config: D2OConfig) -> Tensor:
     """Mean attention from the observation window, mean-pooled over neighbouring slots (SnapKV, arXiv 2404.14469).
 
+    With ``config.window_ahead`` a slot's pool lies mostly before it: what follows on a token that is looked at now is
+    what will be looked at next.
+
     Args:
         window: attention summed over the last ``config.window_queries`` prompt queries.
         position: logical positions; ascending, so that neighbouring slots are neighbouring tokens.
@@ -59,9 +62,11 @@ def pooled_window_mean(window: Tensor, position: Tensor, used: Tensor, seen: Ten
     mean = torch.where(valid, window / queries, 0.0)
     if config.window_pool == 1:
         return mean
-    half = config.window_pool // 2
-    total = torch.nn.functional.avg_pool1d(mean, config.window_pool, 1, half)
-    exists = torch.nn.functional.avg_pool1d(valid.to(mean.dtype), config.window_pool, 1, half)
+    width = config.window_pool
+    ahead = width // 2 if config.window_ahead is None else config.window_ahead
+    around = (width - 1 - ahead, ahead)
+    total = torch.nn.functional.avg_pool1d(torch.nn.functional.pad(mean, around), width, 1)
+    exists = torch.nn.functional.avg_pool1d(torch.nn.functional.pad(valid.to(mean.dtype), around), width, 1)
     return torch.where(valid, total / exists.clamp_min(1e-9), 0.0)
 
 

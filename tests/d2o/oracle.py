@@ -52,9 +52,9 @@ def evict(heads: list[Head], keep: int, seen: int, config: D2OConfig, windowed: 
 
 def pool(head: Head, seen: int, config: D2OConfig) -> None:
     means = [t.window / min(config.window_queries, seen - t.position) for t in head.tokens]
-    half = config.window_pool // 2
+    ahead = config.window_pool // 2 if config.window_ahead is None else config.window_ahead
     for i, token in enumerate(head.tokens):
-        near = means[max(0, i - half) : i + half + 1]
+        near = means[max(0, i + ahead + 1 - config.window_pool) : i + ahead + 1]
         token.pooled = sum(near) / len(near)
 
 

@@ -14,7 +14,7 @@ from d2o.config import D2OConfig, Merge, Policy, Ranking, Scope, Threshold
 from tests.d2o import oracle
 from tests.d2o.batches import Batch, random_batch
 
-SMALL: dict[str, Any] = {"sinks": 2, "window_queries": 5, "window_pool": 3}
+SMALL: dict[str, Any] = {"sinks": 2, "window_queries": 5, "window_pool": 3, "window_ahead": 1}
 CONFIGS = {
     "default": D2OConfig(**SMALL),
     "paper": D2OConfig.paper(**SMALL),
@@ -31,7 +31,7 @@ CONFIGS = {
     "dropped": D2OConfig(**SMALL, merge=Merge.NONE),
     "h2o": D2OConfig.of(Policy.H2O),
     "streaming": D2OConfig.of(Policy.STREAMING, sinks=2),
-    "snapkv": D2OConfig.of(Policy.SNAPKV, window_queries=5, window_pool=3),
+    "snapkv": D2OConfig.of(Policy.SNAPKV, window_queries=5, window_pool=3, window_ahead=None),
 }
 
 

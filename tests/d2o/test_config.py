@@ -25,6 +25,8 @@ from d2o.config import ConfigError, D2OConfig, LayerBudgets, Merge, Policy, Rank
         ("recent_tokens", 2.0),
         ("window_pool", 4),
         ("window_pool", 0),
+        ("window_ahead", -1),
+        ("window_ahead", 99),
         ("window_quota", 0.95),
         ("window_blend", -0.1),
         ("window_queries", 0),
@@ -48,7 +50,7 @@ from d2o.config import ConfigError, D2OConfig, LayerBudgets, Merge, Policy, Rank
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field) as caught:
-        D2OConfig(**{field: value})
+        D2OConfig(**{"window_ahead": None, field: value})
     assert caught.value.field == field
     assert caught.value.allowed
 

@@ -39,14 +39,25 @@ def test_last_queries_are_scaled_to_all_that_saw_the_slot() -> None:
 def test_the_window_is_averaged_over_its_queries_and_pooled_inside_the_row() -> None:
     window = torch.tensor([[[8.0, 4.0, 2.0, 3.0, torch.nan]]])
     position = torch.tensor([[[0, 1, 8, 9, 3]]], dtype=torch.int32)
-    config = D2OConfig(window_queries=4, window_pool=3)
+    config = D2OConfig(window_queries=4, window_pool=3, window_ahead=None)
     pooled = scores.pooled_window_mean(window, position, torch.tensor([4]), SEEN, config)
     # Means 2, 1, 1 (seen by two queries), 3 (seen by one).
     torch.testing.assert_close(pooled, torch.tensor([[[1.5, 4 / 3, 5 / 3, 2.0, 0.0]]]))
 
 
+def test_a_pool_may_lie_before_its_slot() -> None:
+    window = torch.tensor([[[8.0, 4.0, 2.0, 3.0, torch.nan]]])
+    position = torch.tensor([[[0, 1, 8, 9, 3]]], dtype=torch.int32)
+    config = D2OConfig(window_queries=4, window_pool=3, window_ahead=0)
+    pooled = scores.pooled_window_mean(window, position, torch.tensor([4]), SEEN, config)
+    torch.testing.assert_close(pooled, torch.tensor([[[2.0, 1.5, 4 / 3, 5 / 3, 0.0]]]))
+    evenly = [config.with_changes(window_ahead=ahead) for ahead in (1, None)]
+    one, other = (scores.pooled_window_mean(window, position, torch.tensor([4]), SEEN, each) for each in evenly)
+    assert torch.equal(one, other)
+
+
 def test_without_pooling_the_window_is_the_mean() -> None:
-    config = D2OConfig(window_queries=4, window_pool=1)
+    config = D2OConfig(window_queries=4, window_pool=1, window_ahead=0)
     pooled = scores.pooled_window_mean(SCORE, POSITION, torch.tensor([4]), SEEN, config)
     torch.testing.assert_close(pooled, torch.tensor([[[1.25, 0.75, 1.0, 1.0]]]))
 

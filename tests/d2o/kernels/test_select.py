@@ -13,7 +13,7 @@ from d2o.kernels.reference.evict import slots_of
 from d2o.kernels.select import Selection, select
 from tests.d2o.kernels.caches import Case, random_case
 
-SMALL: dict[str, Any] = {"sinks": 2, "window_queries": 5, "window_pool": 3}
+SMALL: dict[str, Any] = {"sinks": 2, "window_queries": 5, "window_pool": 3, "window_ahead": 1}
 CONFIGS = {
     "window quota": D2OConfig(**SMALL),
     "window blend": D2OConfig(**SMALL, window_quota=0.0, window_blend=0.7),
@@ -22,7 +22,7 @@ CONFIGS = {
     "quota of all": D2OConfig(**SMALL, window_quota=0.9),
     "one choice a layer": D2OConfig(**SMALL, heads=Scope.LAYER),
     "streaming": D2OConfig.of(Policy.STREAMING, sinks=2),
-    "snapkv": D2OConfig.of(Policy.SNAPKV, window_queries=5, window_pool=3),
+    "snapkv": D2OConfig.of(Policy.SNAPKV, window_queries=5, window_pool=3, window_ahead=None),
 }
 
 
