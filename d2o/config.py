@@ -138,9 +138,9 @@ class D2OConfig:
     recent_share: float = 0.1
     recent_tokens: int | None = None
     window_queries: int = 32
-    window_pool: int = 7
-    window_ahead: int | None = None
-    window_quota: float = 0.5
+    window_pool: int = 16
+    window_ahead: int | None = 3
+    window_quota: float = 0.7
     window_blend: float = 0.0
     ranking: Ranking = Ranking.MEAN
     score_queries: ScoreQueries = ScoreQueries()
@@ -263,7 +263,13 @@ class D2OConfig:
             case Policy.STREAMING:
                 base |= plain | {"recent_share": 1.0}
             case Policy.SNAPKV:
-                base |= plain | {"recent_share": 0.0, "window_blend": 1.0, "sinks": 0}
+                base |= plain | {
+                    "recent_share": 0.0,
+                    "window_blend": 1.0,
+                    "window_pool": 7,
+                    "window_ahead": None,
+                    "sinks": 0,
+                }
         return cls(**(base | changes))
 
     @classmethod

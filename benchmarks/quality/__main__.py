@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "prompt_tokens": options.prompt_tokens,
         "follow_tokens": options.follow_tokens,
         "question_tokens": options.question_tokens,
+        "ratios": options.ratios,
         "cases": {task: sum(case.task == task for case in cases) for task in sorted({case.task for case in cases})},
         "summary": {name: summary(part) for name, part in halves.items()},
         "by_kind": by(rows, "kind"),

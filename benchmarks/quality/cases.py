@@ -43,6 +43,11 @@ class Case:
         return len(self.prompt) + max(len(self.continuation), self.greedy)
 
 
+def half_of(number: int, count: int) -> int:
+    """Which half the ``number``-th of ``count`` windows is in: a kind's beginning chooses, the rest of it confirms."""
+    return int(2 * number >= count)
+
+
 def text_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
     """Loss on the ``follow`` tokens after prompts of real text."""
     yield from _windows("text", encode, per_kind=per_kind, prompt=prompt, follow=follow, folder=folder)
@@ -58,7 +63,8 @@ def agreement_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, 
     for kind, found in texts.kinds(folder).items():
         for number, ids in enumerate(texts.windows(found, encode, tokens=prompt, count=per_kind)):
             name = f"agreement-{kind}-{prompt}-{number}"
-            yield Case(name=name, task="agreement", kind=kind, half=number % 2, prompt=ids, greedy=follow)
+            half = half_of(number, per_kind)
+            yield Case(name=name, task="agreement", kind=kind, half=half, prompt=ids, greedy=follow)
 
 
 def _windows(
@@ -70,7 +76,7 @@ def _windows(
                 name=f"{task}-{kind}-{prompt}-{number}",
                 task=task,
                 kind=kind,
-                half=number % 2,
+                half=half_of(number, per_kind),
                 prompt=ids[:prompt],
                 continuation=ids[prompt:],
                 absolute=absolute,

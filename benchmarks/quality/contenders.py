@@ -18,6 +18,13 @@ _FORMS: dict[str, Callable[..., D2OConfig]] = {
     "d2o": D2OConfig,
     "d2o-drop": lambda **budget: D2OConfig(merge=Merge.NONE, **budget),
     "d2o-uniform": lambda **budget: D2OConfig(layer_budgets=LayerBudgets.UNIFORM, **budget),
+    "d2o-pool-7": lambda **budget: D2OConfig(window_pool=7, window_ahead=None, **budget),
+    "d2o-pool-21": lambda **budget: D2OConfig(window_pool=21, window_ahead=None, **budget),
+    "d2o-quota-0.5": lambda **budget: D2OConfig(window_quota=0.5, **budget),
+    "d2o-gain-0.6": lambda **budget: D2OConfig(layer_gain=0.6, **budget),
+    "d2o-blend": lambda **budget: D2OConfig(window_quota=0.0, window_blend=0.5, **budget),
+    "d2o-before": lambda **budget: D2OConfig(window_quota=0.5, window_pool=7, window_ahead=None, **budget),
+    "snapkv-pool-21": lambda **budget: D2OConfig.of("snapkv", window_pool=21, **budget),
     "d2o-no-window": lambda **budget: D2OConfig(window_quota=0.0, recent_share=0.25, **budget),
     "d2o-no-bias": lambda **budget: D2OConfig(merge_bias=False, **budget),
 }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality import texts
-from benchmarks.quality.cases import Case
+from benchmarks.quality.cases import Case, half_of
 from d2o_server.engine.types import ChatMessage
 from d2o_server.tokenizer import Tokenizer
 
@@ -109,17 +109,15 @@ def retrieval_cases(
     tokenizer: Tokenizer, tasks: Sequence[str], *, per_kind: int, prompt: int, folder: Path | None
 ) -> Iterator[Case]:
     """``per_kind`` prompts of ``prompt`` tokens of each kind of text and task of ``tasks`` (some of :data:`TASKS`)."""
-    number = 0
     for kind, found in texts.kinds(folder).items():
-        for ids in texts.windows(found, tokenizer.encode, tokens=prompt, count=per_kind):
+        for number, ids in enumerate(texts.windows(found, tokenizer.encode, tokens=prompt, count=per_kind)):
             for task, puzzle in _PUZZLES.items():
                 places = [place for place in PLACES if f"{task}-{place}" in tasks]
                 if places:
-                    made = puzzle(random.Random(f"{task} {number}" if task != "multikey" else number))
-                    yield from _in_text(tokenizer, made, task, places, ids, kind, number)
+                    made = puzzle(random.Random(f"{task} {kind} {prompt} {number}"))
+                    yield from _in_text(tokenizer, made, task, places, ids, kind, number, half_of(number, per_kind))
             if TURNS in tasks:
-                yield _in_turns(tokenizer, ids, kind, number)
-            number += 1
+                yield _in_turns(tokenizer, ids, kind, number, half_of(number, per_kind))
 
 
 def _in_text(
@@ -130,6 +128,7 @@ def _in_text(
     ids: tuple[int, ...],
     kind: str,
     number: int,
+    half: int,
 ) -> Iterator[Case]:
     encode = tokenizer.encode
     question = tuple(encode(f"\n\nQuestion: {puzzle.question}\nAnswer: {puzzle.lead}"))
@@ -140,10 +139,10 @@ def _in_text(
     for place in places:
         inside = place == "inside"
         yield Case(
-            name=f"{task}-{place}-{len(ids)}-{number}",
+            name=f"{task}-{place}-{kind}-{len(ids)}-{number}",
             task=f"{task}-{place}",
             kind=kind,
-            half=number % 2,
+            half=half,
             depth=puzzle.asked,
             prompt=story + question if inside else story,
             continuation=answer if inside else question + answer,
@@ -151,9 +150,9 @@ def _in_text(
         )
 
 
-def _in_turns(tokenizer: Tokenizer, ids: tuple[int, ...], kind: str, number: int) -> Case:
+def _in_turns(tokenizer: Tokenizer, ids: tuple[int, ...], kind: str, number: int, half: int) -> Case:
     """A conversation: facts, three times some text to read, and a question for a fact of the first turn."""
-    puzzle = _multikey(random.Random(f"turns {number}"))
+    puzzle = _multikey(random.Random(f"turns {kind} {len(ids)} {number}"))
     told = "Please remember: " + " ".join(fact for _, fact in puzzle.facts)
     room = len(ids) - len(tokenizer.encode(told + puzzle.question + puzzle.lead)) - 100
     parts = [tokenizer.decode(ids[room * part // 3 : room * (part + 1) // 3]) for part in range(3)]
@@ -163,10 +162,10 @@ def _in_turns(tokenizer: Tokenizer, ids: tuple[int, ...], kind: str, number: int
     messages.append(ChatMessage("user", puzzle.question))
     prompt = tokenizer.render_chat(messages) + tokenizer.encode(puzzle.lead)
     return Case(
-        name=f"turns-{len(ids)}-{number}",
+        name=f"turns-{kind}-{len(ids)}-{number}",
         task=TURNS,
         kind=kind,
-        half=number % 2,
+        half=half,
         prompt=tuple(prompt),
         continuation=tuple(tokenizer.encode(puzzle.answer)),
     )

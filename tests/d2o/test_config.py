@@ -50,7 +50,7 @@ from d2o.config import ConfigError, D2OConfig, LayerBudgets, Merge, Policy, Rank
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field) as caught:
-        D2OConfig(**{"window_ahead": None, field: value})
+        D2OConfig(**{"window_pool": 7, "window_ahead": None, field: value})
     assert caught.value.field == field
     assert caught.value.allowed
 
@@ -88,11 +88,14 @@ def test_the_default_is_the_mass_conserving_row_with_a_window_quota() -> None:
     config = D2OConfig()
     assert (config.merge, config.threshold, config.ranking) == (Merge.CONSERVE, Threshold.PAPER, Ranking.MEAN)
     assert (config.layer_budgets, config.layer_gain) == (LayerBudgets.VARIANCE, 0.3)
-    assert (config.window_quota, config.recent_share, config.window_queries, config.window_pool) == (0.5, 0.1, 32, 7)
+    assert (config.window_quota, config.recent_share, config.window_queries) == (0.7, 0.1, 32)
+    assert (config.window_pool, config.window_ahead) == (16, 3)
 
 
 def test_presets_differ_where_the_publications_do() -> None:
     paper, authors = D2OConfig.paper(), D2OConfig.authors()
+    snapkv = D2OConfig.of(Policy.SNAPKV)
+    assert (snapkv.window_queries, snapkv.window_pool, snapkv.window_ahead) == (32, 7, None)
     assert (paper.recent_share, authors.recent_share) == (0.25, 0.5)
     assert (paper.threshold_scope, authors.threshold_scope) == (Scope.HEAD, Scope.LAYER)
     assert (paper.beta, authors.beta) == (0.7, 0.5)

@@ -67,7 +67,15 @@ def test_the_recent_window_counts_positions_not_slots() -> None:
 
 def test_the_quota_saves_by_window_and_raises_the_score() -> None:
     window = [0.0, 0.0, 8.0, 0.0, 0.0, 0.0]
-    config = D2OConfig(sinks=1, recent_tokens=1, recent_share=0.0, window_quota=0.25, window_queries=2, window_pool=1, window_ahead=None)
+    config = D2OConfig(
+        sinks=1,
+        recent_tokens=1,
+        recent_share=0.0,
+        window_quota=0.25,
+        window_queries=2,
+        window_pool=1,
+        window_ahead=None,
+    )
     score = torch.tensor([[[9.0, 5.0, 0.4, 3.0, 0.1, 0.1]]])
     choice = eviction.choose(
         score,
