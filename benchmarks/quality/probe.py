@@ -222,7 +222,8 @@ def rounded(values: Tensor, bits: int) -> Tensor:
     """``values`` [n, head_dim] as whole multiples of each row's own scale, of ``bits`` bits with the sign."""
     most = 2 ** (bits - 1) - 1
     scale = values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny) / most
-    return (values / scale).round() * scale
+    near: Tensor = (values / scale).round() * scale
+    return near
 
 
 def _copy_scores(source: PromptScores, target: PromptScores, scrambled: bool) -> None:

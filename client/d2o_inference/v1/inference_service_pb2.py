@@ -4,102 +4,105 @@
 # source: d2o_inference/v1/inference_service.proto
 # Protobuf Python Version: 6.33.5
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 33, 5, "", "d2o_inference/v1/inference_service.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    33,
+    5,
+    '',
+    'd2o_inference/v1/inference_service.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n(d2o_inference/v1/inference_service.proto\x12\x10\x64\x32o_inference.v1"\x80\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.d2o_inference.v1.TokenIdsH\x00\x12.\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1e.d2o_inference.v1.ChatMessagesH\x00\x42\x08\n\x06source"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r"?\n\x0c\x43hatMessages\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.d2o_inference.v1.ChatMessage",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t"\xd1\x03\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12G\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x33.d2o_inference.v1.SamplingParameters.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed"\xbe\x01\n\x12StoppingParameters\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x1a\n\x12ignore_end_of_text\x18\x05 \x01(\x08\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokens"\xa1\x03\n\x0b\x43ompression\x12\x33\n\x06policy\x18\x01 \x01(\x0e\x32#.d2o_inference.v1.CompressionPolicy\x12\x12\n\x05ratio\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x17\n\nmin_budget\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rbudget_tokens\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x19\n\x0crecent_share\x18\x05 \x01(\x02H\x03\x88\x01\x01\x12\x19\n\x0cwindow_quota\x18\x06 \x01(\x02H\x04\x88\x01\x01\x12*\n\x05merge\x18\x07 \x01(\x0e\x32\x1b.d2o_inference.v1.MergeRule\x12\x38\n\rlayer_budgets\x18\x08 \x01(\x0e\x32!.d2o_inference.v1.LayerBudgetRule\x12+\n\x08max_loss\x18\t \x01(\x0e\x32\x19.d2o_inference.v1.MaxLossB\x08\n\x06_ratioB\r\n\x0b_min_budgetB\x10\n\x0e_budget_tokensB\x0f\n\r_recent_shareB\x0f\n\r_window_quota"\xab\x02\n\x13GenerateTextRequest\x12(\n\x06prompt\x18\x01 \x01(\x0b\x32\x18.d2o_inference.v1.Prompt\x12\x36\n\x08sampling\x18\x02 \x01(\x0b\x32$.d2o_inference.v1.SamplingParameters\x12\x36\n\x08stopping\x18\x03 \x01(\x0b\x32$.d2o_inference.v1.StoppingParameters\x12\x32\n\x0b\x63ompression\x18\x04 \x01(\x0b\x32\x1d.d2o_inference.v1.Compression\x12\x15\n\x08logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08priority\x18\x06 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x0b\n\t_priority"\xd8\x01\n\x14GenerateTextResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1f.d2o_inference.v1.TokenLogprobs\x12\x34\n\x07started\x18\x04 \x01(\x0b\x32#.d2o_inference.v1.GenerationStarted\x12\x36\n\x08\x66inished\x18\x05 \x01(\x0b\x32$.d2o_inference.v1.GenerationFinished"\xb1\x02\n\x19StreamGenerateTextRequest\x12(\n\x06prompt\x18\x01 \x01(\x0b\x32\x18.d2o_inference.v1.Prompt\x12\x36\n\x08sampling\x18\x02 \x01(\x0b\x32$.d2o_inference.v1.SamplingParameters\x12\x36\n\x08stopping\x18\x03 \x01(\x0b\x32$.d2o_inference.v1.StoppingParameters\x12\x32\n\x0b\x63ompression\x18\x04 \x01(\x0b\x32\x1d.d2o_inference.v1.Compression\x12\x15\n\x08logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08priority\x18\x06 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x0b\n\t_priority"\xcb\x01\n\x1aStreamGenerateTextResponse\x12\x36\n\x07started\x18\x01 \x01(\x0b\x32#.d2o_inference.v1.GenerationStartedH\x00\x12\x32\n\x05\x63hunk\x18\x02 \x01(\x0b\x32!.d2o_inference.v1.GenerationChunkH\x00\x12\x38\n\x08\x66inished\x18\x03 \x01(\x0b\x32$.d2o_inference.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent"\xc3\x01\n\x11GenerationStarted\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x16\n\x0ereserved_pages\x18\x03 \x01(\r\x12\x32\n\x0b\x63ompression\x18\x04 \x01(\x0b\x32\x1d.d2o_inference.v1.Compression\x12\x18\n\x10\x62udget_per_layer\x18\x05 \x01(\r\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x0c\n\x04\x61uto\x18\x07 \x01(\x08"e\n\x0fGenerationChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1f.d2o_inference.v1.TokenLogprobs"l\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12)\n\x03top\x18\x04 \x03(\x0b\x32\x1c.d2o_inference.v1.TopLogprob">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02"\xde\x01\n\x12GenerationFinished\x12\x35\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1e.d2o_inference.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12&\n\x05usage\x18\x04 \x01(\x0b\x32\x17.d2o_inference.v1.Usage\x12+\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x1c.d2o_inference.v1.CacheFactsB\x0c\n\nstopped_by"\x95\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x04 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\x12\x0f\n\x07resumed\x18\x06 \x01(\r"\x87\x01\n\nCacheFacts\x12\x31\n\x06layers\x18\x01 \x03(\x0b\x32!.d2o_inference.v1.LayerCacheFacts\x12\x15\n\rratio_reached\x18\x02 \x01(\x01\x12\x12\n\npeak_pages\x18\x03 \x01(\r\x12\x1b\n\x13\x63ompression_seconds\x18\x04 \x01(\x01"P\n\x0fLayerCacheFacts\x12\x0e\n\x06\x62udget\x18\x01 \x01(\r\x12\x0c\n\x04kept\x18\x02 \x01(\r\x12\x0e\n\x06merged\x18\x03 \x01(\x01\x12\x0f\n\x07\x64ropped\x18\x04 \x01(\x01"N\n\x0fTokenizeRequest\x12(\n\x06prompt\x18\x01 \x01(\x0b\x32\x18.d2o_inference.v1.Prompt\x12\x11\n\twith_text\x18\x02 \x01(\x08"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t"\x15\n\x13GetModelInfoRequest"\xb4\x04\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x1b\n\x13\x63ompressible_layers\x18\x05 \x01(\r\x12\x13\n\x0bquery_heads\x18\x06 \x01(\r\x12\x10\n\x08kv_heads\x18\x07 \x01(\r\x12\x10\n\x08head_dim\x18\x08 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\t \x01(\r\x12\x15\n\rmax_model_len\x18\n \x01(\r\x12\x11\n\tpage_size\x18\x0b \x01(\r\x12\x13\n\x0btotal_pages\x18\x0c \x01(\r\x12\x12\n\npage_bytes\x18\r \x01(\x04\x12\x19\n\x11has_chat_template\x18\x0e \x01(\x08\x12:\n\x13\x64\x65\x66\x61ult_compression\x18\x0f \x01(\x0b\x32\x1d.d2o_inference.v1.Compression\x12>\n\x10\x64\x65\x66\x61ult_sampling\x18\x10 \x01(\x0b\x32$.d2o_inference.v1.SamplingParameters\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x11 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x12 \x01(\r\x12\x16\n\x0eserver_version\x18\x13 \x01(\t\x12\x17\n\x0f\x65nd_of_text_ids\x18\x14 \x03(\r\x12\x18\n\x10\x61uto_full_tokens\x18\x15 \x01(\r":\n\x0eGetLoadRequest\x12\x13\n\x0bmax_streams\x18\x01 \x01(\r\x12\x13\n\x0bwith_layers\x18\x02 \x01(\x08"\xa4\x03\n\x0fGetLoadResponse\x12\x13\n\x0bpages_total\x18\x01 \x01(\r\x12\x12\n\npages_free\x18\x02 \x01(\r\x12\x12\n\npages_used\x18\x03 \x01(\r\x12\x16\n\x0epages_reserved\x18\x04 \x01(\r\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x1d\n\x15waiting_prompt_tokens\x18\x07 \x01(\x04\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12-\n\x07workers\x18\t \x03(\x0b\x32\x1c.d2o_inference.v1.WorkerLoad\x12\x16\n\x0elogical_tokens\x18\n \x01(\x04\x12\x17\n\x0fphysical_tokens\x18\x0b \x01(\x01\x12\x13\n\x0bread_tokens\x18\x0c \x01(\x04\x12\x18\n\x10generated_tokens\x18\r \x01(\x04\x12-\n\x07streams\x18\x0e \x03(\x0b\x32\x1c.d2o_inference.v1.StreamLoad\x12+\n\x06layers\x18\x0f \x03(\x0b\x32\x1b.d2o_inference.v1.LayerLoad"x\n\nWorkerLoad\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07serving\x18\x02 \x01(\x08\x12\x13\n\x0bpages_total\x18\x03 \x01(\r\x12\x12\n\npages_free\x18\x04 \x01(\r\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x10\n\x08restarts\x18\x06 \x01(\r"\xa3\x02\n\nStreamLoad\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.d2o_inference.v1.StreamState\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x16\n\x0ereserved_pages\x18\x07 \x01(\r\x12\x18\n\x10\x62udget_per_layer\x18\x08 \x01(\r\x12\x33\n\x06policy\x18\t \x01(\x0e\x32#.d2o_inference.v1.CompressionPolicy\x12\x0f\n\x07seconds\x18\n \x01(\x01"*\n\tLayerLoad\x12\x0e\n\x06\x62udget\x18\x01 \x01(\x01\x12\r\n\x05slots\x18\x02 \x01(\x04*\xea\x01\n\x11\x43ompressionPolicy\x12"\n\x1e\x43OMPRESSION_POLICY_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43OMPRESSION_POLICY_NONE\x10\x01\x12\x1a\n\x16\x43OMPRESSION_POLICY_D2O\x10\x02\x12\x1a\n\x16\x43OMPRESSION_POLICY_H2O\x10\x03\x12 \n\x1c\x43OMPRESSION_POLICY_STREAMING\x10\x04\x12\x1d\n\x19\x43OMPRESSION_POLICY_SNAPKV\x10\x05\x12\x1b\n\x17\x43OMPRESSION_POLICY_AUTO\x10\x06*]\n\x07MaxLoss\x12\x18\n\x14MAX_LOSS_UNSPECIFIED\x10\x00\x12\x10\n\x0cMAX_LOSS_LOW\x10\x01\x12\x13\n\x0fMAX_LOSS_MEDIUM\x10\x02\x12\x11\n\rMAX_LOSS_HIGH\x10\x03*\x83\x01\n\tMergeRule\x12\x1a\n\x16MERGE_RULE_UNSPECIFIED\x10\x00\x12\x13\n\x0fMERGE_RULE_NONE\x10\x01\x12\x14\n\x10MERGE_RULE_PAPER\x10\x02\x12\x16\n\x12MERGE_RULE_AUTHORS\x10\x03\x12\x17\n\x13MERGE_RULE_CONSERVE\x10\x04*\x90\x01\n\x0fLayerBudgetRule\x12!\n\x1dLAYER_BUDGET_RULE_UNSPECIFIED\x10\x00\x12\x1d\n\x19LAYER_BUDGET_RULE_UNIFORM\x10\x01\x12\x1b\n\x17LAYER_BUDGET_RULE_PAPER\x10\x02\x12\x1e\n\x1aLAYER_BUDGET_RULE_VARIANCE\x10\x03*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46INISH_REASON_END_OF_TEXT\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03*x\n\x0bStreamState\x12\x1c\n\x18STREAM_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14STREAM_STATE_WAITING\x10\x01\x12\x18\n\x14STREAM_STATE_PREFILL\x10\x02\x12\x17\n\x13STREAM_STATE_DECODE\x10\x03\x32\xe6\x03\n\x10InferenceService\x12]\n\x0cGenerateText\x12%.d2o_inference.v1.GenerateTextRequest\x1a&.d2o_inference.v1.GenerateTextResponse\x12q\n\x12StreamGenerateText\x12+.d2o_inference.v1.StreamGenerateTextRequest\x1a,.d2o_inference.v1.StreamGenerateTextResponse0\x01\x12Q\n\x08Tokenize\x12!.d2o_inference.v1.TokenizeRequest\x1a".d2o_inference.v1.TokenizeResponse\x12]\n\x0cGetModelInfo\x12%.d2o_inference.v1.GetModelInfoRequest\x1a&.d2o_inference.v1.GetModelInfoResponse\x12N\n\x07GetLoad\x12 .d2o_inference.v1.GetLoadRequest\x1a!.d2o_inference.v1.GetLoadResponseb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(d2o_inference/v1/inference_service.proto\x12\x10\x64\x32o_inference.v1\"\x80\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.d2o_inference.v1.TokenIdsH\x00\x12.\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1e.d2o_inference.v1.ChatMessagesH\x00\x42\x08\n\x06source\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"?\n\x0c\x43hatMessages\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.d2o_inference.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd1\x03\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12G\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x33.d2o_inference.v1.SamplingParameters.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xbe\x01\n\x12StoppingParameters\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x1a\n\x12ignore_end_of_text\x18\x05 \x01(\x08\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokens\"\xa1\x03\n\x0b\x43ompression\x12\x33\n\x06policy\x18\x01 \x01(\x0e\x32#.d2o_inference.v1.CompressionPolicy\x12\x12\n\x05ratio\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x17\n\nmin_budget\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rbudget_tokens\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x19\n\x0crecent_share\x18\x05 \x01(\x02H\x03\x88\x01\x01\x12\x19\n\x0cwindow_quota\x18\x06 \x01(\x02H\x04\x88\x01\x01\x12*\n\x05merge\x18\x07 \x01(\x0e\x32\x1b.d2o_inference.v1.MergeRule\x12\x38\n\rlayer_budgets\x18\x08 \x01(\x0e\x32!.d2o_inference.v1.LayerBudgetRule\x12+\n\x08max_loss\x18\t \x01(\x0e\x32\x19.d2o_inference.v1.MaxLossB\x08\n\x06_ratioB\r\n\x0b_min_budgetB\x10\n\x0e_budget_tokensB\x0f\n\r_recent_shareB\x0f\n\r_window_quota\"\xab\x02\n\x13GenerateTextRequest\x12(\n\x06prompt\x18\x01 \x01(\x0b\x32\x18.d2o_inference.v1.Prompt\x12\x36\n\x08sampling\x18\x02 \x01(\x0b\x32$.d2o_inference.v1.SamplingParameters\x12\x36\n\x08stopping\x18\x03 \x01(\x0b\x32$.d2o_inference.v1.StoppingParameters\x12\x32\n\x0b\x63ompression\x18\x04 \x01(\x0b\x32\x1d.d2o_inference.v1.Compression\x12\x15\n\x08logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08priority\x18\x06 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x0b\n\t_priority\"\xd8\x01\n\x14GenerateTextResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1f.d2o_inference.v1.TokenLogprobs\x12\x34\n\x07started\x18\x04 \x01(\x0b\x32#.d2o_inference.v1.GenerationStarted\x12\x36\n\x08\x66inished\x18\x05 \x01(\x0b\x32$.d2o_inference.v1.GenerationFinished\"\xb1\x02\n\x19StreamGenerateTextRequest\x12(\n\x06prompt\x18\x01 \x01(\x0b\x32\x18.d2o_inference.v1.Prompt\x12\x36\n\x08sampling\x18\x02 \x01(\x0b\x32$.d2o_inference.v1.SamplingParameters\x12\x36\n\x08stopping\x18\x03 \x01(\x0b\x32$.d2o_inference.v1.StoppingParameters\x12\x32\n\x0b\x63ompression\x18\x04 \x01(\x0b\x32\x1d.d2o_inference.v1.Compression\x12\x15\n\x08logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08priority\x18\x06 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x0b\n\t_priority\"\xcb\x01\n\x1aStreamGenerateTextResponse\x12\x36\n\x07started\x18\x01 \x01(\x0b\x32#.d2o_inference.v1.GenerationStartedH\x00\x12\x32\n\x05\x63hunk\x18\x02 \x01(\x0b\x32!.d2o_inference.v1.GenerationChunkH\x00\x12\x38\n\x08\x66inished\x18\x03 \x01(\x0b\x32$.d2o_inference.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"\xc3\x01\n\x11GenerationStarted\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x16\n\x0ereserved_pages\x18\x03 \x01(\r\x12\x32\n\x0b\x63ompression\x18\x04 \x01(\x0b\x32\x1d.d2o_inference.v1.Compression\x12\x18\n\x10\x62udget_per_layer\x18\x05 \x01(\r\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x0c\n\x04\x61uto\x18\x07 \x01(\x08\"e\n\x0fGenerationChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1f.d2o_inference.v1.TokenLogprobs\"l\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12)\n\x03top\x18\x04 \x03(\x0b\x32\x1c.d2o_inference.v1.TopLogprob\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xde\x01\n\x12GenerationFinished\x12\x35\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1e.d2o_inference.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12&\n\x05usage\x18\x04 \x01(\x0b\x32\x17.d2o_inference.v1.Usage\x12+\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x1c.d2o_inference.v1.CacheFactsB\x0c\n\nstopped_by\"\x95\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x04 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\x12\x0f\n\x07resumed\x18\x06 \x01(\r\"\x87\x01\n\nCacheFacts\x12\x31\n\x06layers\x18\x01 \x03(\x0b\x32!.d2o_inference.v1.LayerCacheFacts\x12\x15\n\rratio_reached\x18\x02 \x01(\x01\x12\x12\n\npeak_pages\x18\x03 \x01(\r\x12\x1b\n\x13\x63ompression_seconds\x18\x04 \x01(\x01\"P\n\x0fLayerCacheFacts\x12\x0e\n\x06\x62udget\x18\x01 \x01(\r\x12\x0c\n\x04kept\x18\x02 \x01(\r\x12\x0e\n\x06merged\x18\x03 \x01(\x01\x12\x0f\n\x07\x64ropped\x18\x04 \x01(\x01\"N\n\x0fTokenizeRequest\x12(\n\x06prompt\x18\x01 \x01(\x0b\x32\x18.d2o_inference.v1.Prompt\x12\x11\n\twith_text\x18\x02 \x01(\x08\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xb4\x04\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x1b\n\x13\x63ompressible_layers\x18\x05 \x01(\r\x12\x13\n\x0bquery_heads\x18\x06 \x01(\r\x12\x10\n\x08kv_heads\x18\x07 \x01(\r\x12\x10\n\x08head_dim\x18\x08 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\t \x01(\r\x12\x15\n\rmax_model_len\x18\n \x01(\r\x12\x11\n\tpage_size\x18\x0b \x01(\r\x12\x13\n\x0btotal_pages\x18\x0c \x01(\r\x12\x12\n\npage_bytes\x18\r \x01(\x04\x12\x19\n\x11has_chat_template\x18\x0e \x01(\x08\x12:\n\x13\x64\x65\x66\x61ult_compression\x18\x0f \x01(\x0b\x32\x1d.d2o_inference.v1.Compression\x12>\n\x10\x64\x65\x66\x61ult_sampling\x18\x10 \x01(\x0b\x32$.d2o_inference.v1.SamplingParameters\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x11 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x12 \x01(\r\x12\x16\n\x0eserver_version\x18\x13 \x01(\t\x12\x17\n\x0f\x65nd_of_text_ids\x18\x14 \x03(\r\x12\x18\n\x10\x61uto_full_tokens\x18\x15 \x01(\r\":\n\x0eGetLoadRequest\x12\x13\n\x0bmax_streams\x18\x01 \x01(\r\x12\x13\n\x0bwith_layers\x18\x02 \x01(\x08\"\xa4\x03\n\x0fGetLoadResponse\x12\x13\n\x0bpages_total\x18\x01 \x01(\r\x12\x12\n\npages_free\x18\x02 \x01(\r\x12\x12\n\npages_used\x18\x03 \x01(\r\x12\x16\n\x0epages_reserved\x18\x04 \x01(\r\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x1d\n\x15waiting_prompt_tokens\x18\x07 \x01(\x04\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12-\n\x07workers\x18\t \x03(\x0b\x32\x1c.d2o_inference.v1.WorkerLoad\x12\x16\n\x0elogical_tokens\x18\n \x01(\x04\x12\x17\n\x0fphysical_tokens\x18\x0b \x01(\x01\x12\x13\n\x0bread_tokens\x18\x0c \x01(\x04\x12\x18\n\x10generated_tokens\x18\r \x01(\x04\x12-\n\x07streams\x18\x0e \x03(\x0b\x32\x1c.d2o_inference.v1.StreamLoad\x12+\n\x06layers\x18\x0f \x03(\x0b\x32\x1b.d2o_inference.v1.LayerLoad\"x\n\nWorkerLoad\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07serving\x18\x02 \x01(\x08\x12\x13\n\x0bpages_total\x18\x03 \x01(\r\x12\x12\n\npages_free\x18\x04 \x01(\r\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x10\n\x08restarts\x18\x06 \x01(\r\"\xa3\x02\n\nStreamLoad\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.d2o_inference.v1.StreamState\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x16\n\x0ereserved_pages\x18\x07 \x01(\r\x12\x18\n\x10\x62udget_per_layer\x18\x08 \x01(\r\x12\x33\n\x06policy\x18\t \x01(\x0e\x32#.d2o_inference.v1.CompressionPolicy\x12\x0f\n\x07seconds\x18\n \x01(\x01\"*\n\tLayerLoad\x12\x0e\n\x06\x62udget\x18\x01 \x01(\x01\x12\r\n\x05slots\x18\x02 \x01(\x04*\xea\x01\n\x11\x43ompressionPolicy\x12\"\n\x1e\x43OMPRESSION_POLICY_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43OMPRESSION_POLICY_NONE\x10\x01\x12\x1a\n\x16\x43OMPRESSION_POLICY_D2O\x10\x02\x12\x1a\n\x16\x43OMPRESSION_POLICY_H2O\x10\x03\x12 \n\x1c\x43OMPRESSION_POLICY_STREAMING\x10\x04\x12\x1d\n\x19\x43OMPRESSION_POLICY_SNAPKV\x10\x05\x12\x1b\n\x17\x43OMPRESSION_POLICY_AUTO\x10\x06*]\n\x07MaxLoss\x12\x18\n\x14MAX_LOSS_UNSPECIFIED\x10\x00\x12\x10\n\x0cMAX_LOSS_LOW\x10\x01\x12\x13\n\x0fMAX_LOSS_MEDIUM\x10\x02\x12\x11\n\rMAX_LOSS_HIGH\x10\x03*\x83\x01\n\tMergeRule\x12\x1a\n\x16MERGE_RULE_UNSPECIFIED\x10\x00\x12\x13\n\x0fMERGE_RULE_NONE\x10\x01\x12\x14\n\x10MERGE_RULE_PAPER\x10\x02\x12\x16\n\x12MERGE_RULE_AUTHORS\x10\x03\x12\x17\n\x13MERGE_RULE_CONSERVE\x10\x04*\x90\x01\n\x0fLayerBudgetRule\x12!\n\x1dLAYER_BUDGET_RULE_UNSPECIFIED\x10\x00\x12\x1d\n\x19LAYER_BUDGET_RULE_UNIFORM\x10\x01\x12\x1b\n\x17LAYER_BUDGET_RULE_PAPER\x10\x02\x12\x1e\n\x1aLAYER_BUDGET_RULE_VARIANCE\x10\x03*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46INISH_REASON_END_OF_TEXT\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03*x\n\x0bStreamState\x12\x1c\n\x18STREAM_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14STREAM_STATE_WAITING\x10\x01\x12\x18\n\x14STREAM_STATE_PREFILL\x10\x02\x12\x17\n\x13STREAM_STATE_DECODE\x10\x03\x32\xe6\x03\n\x10InferenceService\x12]\n\x0cGenerateText\x12%.d2o_inference.v1.GenerateTextRequest\x1a&.d2o_inference.v1.GenerateTextResponse\x12q\n\x12StreamGenerateText\x12+.d2o_inference.v1.StreamGenerateTextRequest\x1a,.d2o_inference.v1.StreamGenerateTextResponse0\x01\x12Q\n\x08Tokenize\x12!.d2o_inference.v1.TokenizeRequest\x1a\".d2o_inference.v1.TokenizeResponse\x12]\n\x0cGetModelInfo\x12%.d2o_inference.v1.GetModelInfoRequest\x1a&.d2o_inference.v1.GetModelInfoResponse\x12N\n\x07GetLoad\x12 .d2o_inference.v1.GetLoadRequest\x1a!.d2o_inference.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "d2o_inference.v1.inference_service_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'd2o_inference.v1.inference_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_SAMPLINGPARAMETERS_LOGITBIASENTRY"]._loaded_options = None
-    _globals["_SAMPLINGPARAMETERS_LOGITBIASENTRY"]._serialized_options = b"8\001"
-    _globals["_COMPRESSIONPOLICY"]._serialized_start = 5186
-    _globals["_COMPRESSIONPOLICY"]._serialized_end = 5420
-    _globals["_MAXLOSS"]._serialized_start = 5422
-    _globals["_MAXLOSS"]._serialized_end = 5515
-    _globals["_MERGERULE"]._serialized_start = 5518
-    _globals["_MERGERULE"]._serialized_end = 5649
-    _globals["_LAYERBUDGETRULE"]._serialized_start = 5652
-    _globals["_LAYERBUDGETRULE"]._serialized_end = 5796
-    _globals["_FINISHREASON"]._serialized_start = 5798
-    _globals["_FINISHREASON"]._serialized_end = 5924
-    _globals["_STREAMSTATE"]._serialized_start = 5926
-    _globals["_STREAMSTATE"]._serialized_end = 6046
-    _globals["_PROMPT"]._serialized_start = 63
-    _globals["_PROMPT"]._serialized_end = 191
-    _globals["_TOKENIDS"]._serialized_start = 193
-    _globals["_TOKENIDS"]._serialized_end = 216
-    _globals["_CHATMESSAGES"]._serialized_start = 218
-    _globals["_CHATMESSAGES"]._serialized_end = 281
-    _globals["_CHATMESSAGE"]._serialized_start = 283
-    _globals["_CHATMESSAGE"]._serialized_end = 327
-    _globals["_SAMPLINGPARAMETERS"]._serialized_start = 330
-    _globals["_SAMPLINGPARAMETERS"]._serialized_end = 795
-    _globals["_SAMPLINGPARAMETERS_LOGITBIASENTRY"]._serialized_start = 626
-    _globals["_SAMPLINGPARAMETERS_LOGITBIASENTRY"]._serialized_end = 674
-    _globals["_STOPPINGPARAMETERS"]._serialized_start = 798
-    _globals["_STOPPINGPARAMETERS"]._serialized_end = 988
-    _globals["_COMPRESSION"]._serialized_start = 991
-    _globals["_COMPRESSION"]._serialized_end = 1408
-    _globals["_GENERATETEXTREQUEST"]._serialized_start = 1411
-    _globals["_GENERATETEXTREQUEST"]._serialized_end = 1710
-    _globals["_GENERATETEXTRESPONSE"]._serialized_start = 1713
-    _globals["_GENERATETEXTRESPONSE"]._serialized_end = 1929
-    _globals["_STREAMGENERATETEXTREQUEST"]._serialized_start = 1932
-    _globals["_STREAMGENERATETEXTREQUEST"]._serialized_end = 2237
-    _globals["_STREAMGENERATETEXTRESPONSE"]._serialized_start = 2240
-    _globals["_STREAMGENERATETEXTRESPONSE"]._serialized_end = 2443
-    _globals["_GENERATIONSTARTED"]._serialized_start = 2446
-    _globals["_GENERATIONSTARTED"]._serialized_end = 2641
-    _globals["_GENERATIONCHUNK"]._serialized_start = 2643
-    _globals["_GENERATIONCHUNK"]._serialized_end = 2744
-    _globals["_TOKENLOGPROBS"]._serialized_start = 2746
-    _globals["_TOKENLOGPROBS"]._serialized_end = 2854
-    _globals["_TOPLOGPROB"]._serialized_start = 2856
-    _globals["_TOPLOGPROB"]._serialized_end = 2918
-    _globals["_GENERATIONFINISHED"]._serialized_start = 2921
-    _globals["_GENERATIONFINISHED"]._serialized_end = 3143
-    _globals["_USAGE"]._serialized_start = 3146
-    _globals["_USAGE"]._serialized_end = 3295
-    _globals["_CACHEFACTS"]._serialized_start = 3298
-    _globals["_CACHEFACTS"]._serialized_end = 3433
-    _globals["_LAYERCACHEFACTS"]._serialized_start = 3435
-    _globals["_LAYERCACHEFACTS"]._serialized_end = 3515
-    _globals["_TOKENIZEREQUEST"]._serialized_start = 3517
-    _globals["_TOKENIZEREQUEST"]._serialized_end = 3595
-    _globals["_TOKENIZERESPONSE"]._serialized_start = 3597
-    _globals["_TOKENIZERESPONSE"]._serialized_end = 3650
-    _globals["_GETMODELINFOREQUEST"]._serialized_start = 3652
-    _globals["_GETMODELINFOREQUEST"]._serialized_end = 3673
-    _globals["_GETMODELINFORESPONSE"]._serialized_start = 3676
-    _globals["_GETMODELINFORESPONSE"]._serialized_end = 4240
-    _globals["_GETLOADREQUEST"]._serialized_start = 4242
-    _globals["_GETLOADREQUEST"]._serialized_end = 4300
-    _globals["_GETLOADRESPONSE"]._serialized_start = 4303
-    _globals["_GETLOADRESPONSE"]._serialized_end = 4723
-    _globals["_WORKERLOAD"]._serialized_start = 4725
-    _globals["_WORKERLOAD"]._serialized_end = 4845
-    _globals["_STREAMLOAD"]._serialized_start = 4848
-    _globals["_STREAMLOAD"]._serialized_end = 5139
-    _globals["_LAYERLOAD"]._serialized_start = 5141
-    _globals["_LAYERLOAD"]._serialized_end = 5183
-    _globals["_INFERENCESERVICE"]._serialized_start = 6049
-    _globals["_INFERENCESERVICE"]._serialized_end = 6535
+  DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_COMPRESSIONPOLICY']._serialized_start=5186
+  _globals['_COMPRESSIONPOLICY']._serialized_end=5420
+  _globals['_MAXLOSS']._serialized_start=5422
+  _globals['_MAXLOSS']._serialized_end=5515
+  _globals['_MERGERULE']._serialized_start=5518
+  _globals['_MERGERULE']._serialized_end=5649
+  _globals['_LAYERBUDGETRULE']._serialized_start=5652
+  _globals['_LAYERBUDGETRULE']._serialized_end=5796
+  _globals['_FINISHREASON']._serialized_start=5798
+  _globals['_FINISHREASON']._serialized_end=5924
+  _globals['_STREAMSTATE']._serialized_start=5926
+  _globals['_STREAMSTATE']._serialized_end=6046
+  _globals['_PROMPT']._serialized_start=63
+  _globals['_PROMPT']._serialized_end=191
+  _globals['_TOKENIDS']._serialized_start=193
+  _globals['_TOKENIDS']._serialized_end=216
+  _globals['_CHATMESSAGES']._serialized_start=218
+  _globals['_CHATMESSAGES']._serialized_end=281
+  _globals['_CHATMESSAGE']._serialized_start=283
+  _globals['_CHATMESSAGE']._serialized_end=327
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=330
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=795
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=626
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=674
+  _globals['_STOPPINGPARAMETERS']._serialized_start=798
+  _globals['_STOPPINGPARAMETERS']._serialized_end=988
+  _globals['_COMPRESSION']._serialized_start=991
+  _globals['_COMPRESSION']._serialized_end=1408
+  _globals['_GENERATETEXTREQUEST']._serialized_start=1411
+  _globals['_GENERATETEXTREQUEST']._serialized_end=1710
+  _globals['_GENERATETEXTRESPONSE']._serialized_start=1713
+  _globals['_GENERATETEXTRESPONSE']._serialized_end=1929
+  _globals['_STREAMGENERATETEXTREQUEST']._serialized_start=1932
+  _globals['_STREAMGENERATETEXTREQUEST']._serialized_end=2237
+  _globals['_STREAMGENERATETEXTRESPONSE']._serialized_start=2240
+  _globals['_STREAMGENERATETEXTRESPONSE']._serialized_end=2443
+  _globals['_GENERATIONSTARTED']._serialized_start=2446
+  _globals['_GENERATIONSTARTED']._serialized_end=2641
+  _globals['_GENERATIONCHUNK']._serialized_start=2643
+  _globals['_GENERATIONCHUNK']._serialized_end=2744
+  _globals['_TOKENLOGPROBS']._serialized_start=2746
+  _globals['_TOKENLOGPROBS']._serialized_end=2854
+  _globals['_TOPLOGPROB']._serialized_start=2856
+  _globals['_TOPLOGPROB']._serialized_end=2918
+  _globals['_GENERATIONFINISHED']._serialized_start=2921
+  _globals['_GENERATIONFINISHED']._serialized_end=3143
+  _globals['_USAGE']._serialized_start=3146
+  _globals['_USAGE']._serialized_end=3295
+  _globals['_CACHEFACTS']._serialized_start=3298
+  _globals['_CACHEFACTS']._serialized_end=3433
+  _globals['_LAYERCACHEFACTS']._serialized_start=3435
+  _globals['_LAYERCACHEFACTS']._serialized_end=3515
+  _globals['_TOKENIZEREQUEST']._serialized_start=3517
+  _globals['_TOKENIZEREQUEST']._serialized_end=3595
+  _globals['_TOKENIZERESPONSE']._serialized_start=3597
+  _globals['_TOKENIZERESPONSE']._serialized_end=3650
+  _globals['_GETMODELINFOREQUEST']._serialized_start=3652
+  _globals['_GETMODELINFOREQUEST']._serialized_end=3673
+  _globals['_GETMODELINFORESPONSE']._serialized_start=3676
+  _globals['_GETMODELINFORESPONSE']._serialized_end=4240
+  _globals['_GETLOADREQUEST']._serialized_start=4242
+  _globals['_GETLOADREQUEST']._serialized_end=4300
+  _globals['_GETLOADRESPONSE']._serialized_start=4303
+  _globals['_GETLOADRESPONSE']._serialized_end=4723
+  _globals['_WORKERLOAD']._serialized_start=4725
+  _globals['_WORKERLOAD']._serialized_end=4845
+  _globals['_STREAMLOAD']._serialized_start=4848
+  _globals['_STREAMLOAD']._serialized_end=5139
+  _globals['_LAYERLOAD']._serialized_start=5141
+  _globals['_LAYERLOAD']._serialized_end=5183
+  _globals['_INFERENCESERVICE']._serialized_start=6049
+  _globals['_INFERENCESERVICE']._serialized_end=6535
 # @@protoc_insertion_point(module_scope)
