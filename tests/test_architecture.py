@@ -58,7 +58,9 @@ TABLE = {
     "d2o_server.app": Row((ANYTHING,)),
     "d2o_server.healthcheck": Row(("grpc", "grpc_health", *_SHARED)),
     "d2o_server.keys": Row(("d2o_server.rpc.api_keys", "d2o_server.engine.types", *_SHARED)),
-    "d2o_server.settings": Row((*_SHARED, "d2o_server.engine.messages", "d2o_server.engine.supervision")),
+    "d2o_server.settings": Row(
+        (*_SHARED, "d2o_server.engine.messages", "d2o_server.engine.supervision", "d2o_server.engine.types")
+    ),
     "d2o_server.telemetry": Row((*_TELEMETRY, "prometheus_client", "grpc")),
     "d2o_server.telemetry.tracing": Row((*_TELEMETRY, "opentelemetry", "grpc")),
     "d2o_server.chat": Row(_TEXT),
