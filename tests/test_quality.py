@@ -10,7 +10,7 @@ import torch
 
 from benchmarks._prompts import tokenizer
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import contenders
+from benchmarks.quality import contenders, report
 from benchmarks.quality.cases import agreement_cases, long_cases, text_cases
 from benchmarks.quality.probe import FULL, Contender, Probe, rounded
 from benchmarks.quality.retrieval import TASKS, retrieval_cases
@@ -142,3 +142,16 @@ def test_a_run_that_is_started_again_goes_on_where_it_was(tmp_path: Path) -> Non
     assert {each["depth"] for each in document["by_depth"]} <= {0.1, 0.35, 0.6, 0.85}
     with pytest.raises(SystemExit, match="tasks: got 'sums', allowed are text, agreement, long, single-inside"):
         quality.main([*arguments, "--tasks", "sums"])
+
+
+def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
+    page = report.PAGE.read_text()
+    assert report.filled(page, report.RESULTS) == page
+    assert (report.RESULTS / "quality.png").exists()
+    marked = "<!-- table: made, confirming half -->\nold\n<!-- end -->"
+    result = json.loads((report.RESULTS / "quality.json").read_text())
+    (tmp_path / "made.json").write_text(json.dumps(result))
+    filled = report.filled(marked, tmp_path)
+    confirmed = {each["contender"] for each in result["summary"]["confirming half"]}
+    assert all(f"| {name} |" in filled for name in confirmed)
+    assert "old" not in filled

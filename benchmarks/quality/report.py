@@ -14,7 +14,7 @@ from benchmarks._cli import RESULTS
 from benchmarks.quality.plot import plot_quality
 
 PAGE = RESULTS.parents[1] / "docs" / "quality.md"
-_MARKS = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKS = re.compile(r"(<!-- table: (\w+)(?:, ([\w ]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 _TASKS = {
     "text": "loss on text",
     "agreement": "after the full cache's own words",
@@ -48,14 +48,15 @@ def filled(page: str, results: Path) -> str:
     """The page with every marked table made again."""
 
     def table(found: re.Match[str]) -> str:
-        return found[1] + _table(json.loads((results / f"{found[2]}.json").read_text())) + found[3]
+        result = json.loads((results / f"{found[2]}.json").read_text())
+        return found[1] + _table(result, found[3] or "all") + found[4]
 
     return _MARKS.sub(table, page)
 
 
-def _table(result: dict[str, Any]) -> str:
+def _table(result: dict[str, Any], part: str) -> str:
     """One row a contender: its rise of loss with its standard error in each task, hits where there are answers."""
-    rows = {(row["task"], row["contender"]): row for row in result["summary"]["all"]}
+    rows = {(row["task"], row["contender"]): row for row in result["summary"][part]}
     tasks = [task for task in _TASKS if any(row[0] == task for row in rows)]
     head = ["policy@ratio", "slots a layer"]
     for task in tasks:
@@ -69,7 +70,7 @@ def _table(result: dict[str, Any]) -> str:
             line.append(f"{row['rise']:.3f} ± {error:.3f}" if name != "full" else f"{row['loss']:.3f} (loss itself)")
             line += [f"{row[key]:{_FORMATS[key]}}" for key in _EXTRAS if key in row]
         lines.append("| " + " | ".join(line) + " |")
-    cases = ", ".join(f"{count} of {task}" for task, count in result["cases"].items())
+    cases = ", ".join(f"{rows[task, 'full']['cases']} of {task}" for task in tasks)
     machine = result["machine"]
     lines.append(
         f"\n{result['model']}, {result['dtype']}; cases: {cases}; prompts of {result['prompt_tokens']} (text) and"
