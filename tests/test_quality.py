@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks._cli import RESULTS
 from benchmarks._prompts import tokenizer
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import contenders, report
@@ -146,10 +147,10 @@ def test_a_run_that_is_started_again_goes_on_where_it_was(tmp_path: Path) -> Non
 
 def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
     page = report.PAGE.read_text()
-    assert report.filled(page, report.RESULTS) == page
-    assert (report.RESULTS / "quality.png").exists()
+    assert report.filled(page, RESULTS) == page
+    assert (RESULTS / "quality.png").exists()
     marked = "<!-- table: made, confirming half -->\nold\n<!-- end -->"
-    result = json.loads((report.RESULTS / "quality.json").read_text())
+    result = json.loads((RESULTS / "quality.json").read_text())
     (tmp_path / "made.json").write_text(json.dumps(result))
     filled = report.filled(marked, tmp_path)
     confirmed = {each["contender"] for each in result["summary"]["confirming half"]}
