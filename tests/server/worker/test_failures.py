@@ -65,6 +65,11 @@ def with_broken_token(name: str) -> Harness:
         embedding = model.get_submodule("model.embed_tokens")
         assert isinstance(embedding, nn.Embedding)
         embedding.weight[BAD_TOKEN] = torch.nan
+        # No answer may come upon it by itself.
+        head = model.get_submodule("lm_head")
+        assert isinstance(head, nn.Linear)
+        assert head.weight is not embedding.weight
+        head.weight[BAD_TOKEN] = 0
     return Harness(model, pages=200)
 
 
