@@ -11,7 +11,7 @@ import torch
 from benchmarks._cli import RESULTS
 from benchmarks._prompts import tokenizer
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import contenders, report
+from benchmarks.quality import contenders, report, texts
 from benchmarks.quality.cases import agreement_cases, long_cases, text_cases
 from benchmarks.quality.probe import FULL, Contender, Probe, rounded
 from benchmarks.quality.retrieval import TASKS, retrieval_cases
@@ -84,7 +84,33 @@ def test_a_prompt_that_is_too_short_is_refused(probe: Probe) -> None:
     with pytest.raises(ValueError, match=r"got 1 and 40 tokens, allowed are at least 2 and 1"):
         probe.run(PROMPT[:1], CONTINUATION, [TIGHT])
     with pytest.raises(ValueError, match="contenders: got 'best', allowed are streaming, h2o"):
-        contenders.named(["best"], [0.2])
+        contenders.forms(["best"])
+
+
+def test_any_configuration_can_enter_by_its_fields() -> None:
+    forms = contenders.forms(["snapkv"], ["wide:d2o:window_quota=0.5,window_pool=21,window_ahead=None", "as-is:h2o"])
+    full, snapkv, wide, as_is = contenders.at_ratios(forms, [0.2])
+    assert [full.name, snapkv.name, wide.name, as_is.name] == ["full", "snapkv@0.2", "wide@0.2", "as-is@0.2"]
+    assert as_is.config == D2OConfig.of("h2o", ratio=0.2, min_budget=1)
+    budget = {"ratio": 0.2, "min_budget": 1}
+    assert wide.config == D2OConfig(window_quota=0.5, window_pool=21, window_ahead=None, **budget)
+    for wrong, message in (("x:d2o:window_pool=0", "window_pool"), ("x:best", "set: got 'x:best', allowed is LABEL:")):
+        with pytest.raises(ValueError, match=message):
+            contenders.forms([], [wrong])
+
+
+def test_no_window_of_one_half_shares_a_token_with_the_other() -> None:
+    numbered = [" ".join(map(str, range(start, start + 1000))) for start in range(0, 200_000, 1000)]
+    halves: dict[int, set[int]] = {texts.CHOOSING: set(), texts.CONFIRMING: set()}
+    for tokens, count in ((3328, 4), (1000, 7), (96, 1), (8192, 10)):
+        made = texts.windows(iter(numbered), lambda text: list(map(int, text.split())), tokens=tokens, count=count)
+        assert len({ids[0] for _, ids in made}) == len(made) == count
+        for half, ids in made:
+            assert len(ids) == tokens
+            halves[half].update(ids)
+    assert max(halves[texts.CHOOSING]) < min(halves[texts.CONFIRMING])
+    with pytest.raises(ValueError, match="got 50 tokens a half, needed are 2 windows of 30 tokens"):
+        texts.windows(iter(["x"]), lambda _: list(range(100)), tokens=30, count=4)
 
 
 def test_facts_are_in_the_prompt_and_the_answer_is_what_counts() -> None:

@@ -22,8 +22,10 @@ from benchmarks.quality import retrieval
 from benchmarks.quality.cases import Case, agreement_cases, long_cases, text_cases
 from benchmarks.quality.probe import Contender, Probe
 from benchmarks.quality.summary import Row, by, row, summary, table
+from benchmarks.quality.texts import CHOOSING, CONFIRMING
 
 TASKS = ("text", "agreement", "long", *retrieval.TASKS)
+_HALVES = {"choosing": (CHOOSING,), "confirming": (CONFIRMING,), "both": (CHOOSING, CONFIRMING)}
 _DEFAULT_TASKS = ("text", "multikey-inside", "multikey-after")
 
 
@@ -32,11 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for task in options.tasks:
         if task not in TASKS:
             raise SystemExit(f"tasks: got {task!r}, allowed are {', '.join(TASKS)}")
-    entered = policies.named(options.contenders, options.ratios)
-    absolute = policies.absolute(options.contenders, options.budgets)
-    cases = list(_cases(options))
+    forms = policies.forms(options.contenders, options.set)
+    entered, absolute = policies.at_ratios(forms, options.ratios), policies.at_budgets(forms, options.budgets)
+    cases = [case for case in _cases(options) if case.half in _HALVES[options.half]]
     rows = _run_all(options, cases, entered, absolute)
-    halves = {"all": rows, "choosing half": _half(rows, 0), "confirming half": _half(rows, 1)}
+    halves = {f"{name} half": [each for each in rows if each["half"] in _HALVES[name]] for name in list(_HALVES)[:2]}
     asked = [each for each in rows if each["task"] in retrieval.TASKS]
     document = {
         "model": options.model,
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "question_tokens": options.question_tokens,
         "ratios": options.ratios,
         "cases": {task: sum(case.task == task for case in cases) for task in sorted({case.task for case in cases})},
-        "summary": {name: summary(part) for name, part in halves.items()},
+        "summary": {"all": summary(rows)} | {name: summary(part) for name, part in halves.items() if part},
         "by_kind": by(rows, "kind"),
         "by_depth": by(asked, "depth"),
         "by_prompt_tokens": by(asked, "prompt_tokens"),
@@ -63,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.4, 0.2, 0.1], help="of the prompt")
     made.add_argument("--budgets", type=int, nargs="+", default=[512], help="in slots, for the task long")
     made.add_argument("--contenders", nargs="+", default=policies.DEFAULT, help=", ".join(policies.NAMES))
+    made.add_argument(
+        "--set", nargs="+", default=(), metavar="LABEL:POLICY:FIELD=VALUE,...", help="more contenders, of any D2OConfig"
+    )
+    made.add_argument("--half", choices=_HALVES, default="both", help="of each kind's text")
     made.add_argument("--texts", type=int, default=10, help="of each kind, for text, agreement and long")
     made.add_argument("--prompt-tokens", type=int, default=3072, help="of text before what is predicted")
     made.add_argument("--follow-tokens", type=int, default=256, help="of text that are predicted")
@@ -127,10 +133,6 @@ def _run_all(
 def _logged(log: Path, model: str) -> dict[tuple[str, str], Row]:
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return {(row["case"], row["contender"]): row for row in rows if row["model"] == model}
-
-
-def _half(rows: Sequence[Row], half: int) -> list[Row]:
-    return [row for row in rows if row["half"] == half]
 
 
 if __name__ == "__main__":

@@ -17,13 +17,15 @@ class Case:
     """A prompt, what follows it, and from which token of that on it counts. ``half`` chooses (0) or confirms (1).
 
     Instead of a continuation, ``greedy`` tokens: what the full cache says. ``depth`` is where in the prompt the answer
-    is, from 0 to 1. With ``absolute`` it is for contenders of an absolute budget.
+    is, from 0 to 1. With ``absolute`` it is for contenders of an absolute budget. ``size`` is how many tokens its
+    prompt was to have, which it has about.
     """
 
     name: str
     task: str
     kind: str
     half: int
+    size: int
     prompt: tuple[int, ...]
     continuation: tuple[int, ...] = ()
     greedy: int = 0
@@ -43,11 +45,6 @@ class Case:
         return len(self.prompt) + max(len(self.continuation), self.greedy)
 
 
-def half_of(number: int, count: int) -> int:
-    """Which half the ``number``-th of ``count`` windows is in: a kind's beginning chooses, the rest of it confirms."""
-    return int(2 * number >= count)
-
-
 def text_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
     """Loss on the ``follow`` tokens after prompts of real text."""
     yield from _windows("text", encode, per_kind=per_kind, prompt=prompt, follow=follow, folder=folder)
@@ -61,22 +58,22 @@ def long_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folde
 def agreement_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
     """How long a cache says what the full cache says, and how far its distributions are from the full cache's."""
     for kind, found in texts.kinds(folder).items():
-        for number, ids in enumerate(texts.windows(found, encode, tokens=prompt, count=per_kind)):
+        for number, (half, ids) in enumerate(texts.windows(found, encode, tokens=prompt, count=per_kind)):
             name = f"agreement-{kind}-{prompt}-{number}"
-            half = half_of(number, per_kind)
-            yield Case(name=name, task="agreement", kind=kind, half=half, prompt=ids, greedy=follow)
+            yield Case(name=name, task="agreement", kind=kind, half=half, size=prompt, prompt=ids, greedy=follow)
 
 
 def _windows(
     task: str, encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None, absolute: bool = False
 ) -> Iterator[Case]:
     for kind, found in texts.kinds(folder).items():
-        for number, ids in enumerate(texts.windows(found, encode, tokens=prompt + follow, count=per_kind)):
+        for number, (half, ids) in enumerate(texts.windows(found, encode, tokens=prompt + follow, count=per_kind)):
             yield Case(
                 name=f"{task}-{kind}-{prompt}-{number}",
                 task=task,
                 kind=kind,
-                half=half_of(number, per_kind),
+                half=half,
+                size=prompt,
                 prompt=ids[:prompt],
                 continuation=ids[prompt:],
                 absolute=absolute,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.quality.probe import FULL, Contender
-from d2o.config import D2OConfig, LayerBudgets, Merge
+from d2o.config import D2OConfig, LayerBudgets, Merge, Policy
 
+SCRAMBLED = "d2o-random"
+_BITS = {"8-bit": 8, "d2o-8-bit": 8}
 # Each takes what fixes the budget, so that all hold the same number of slots in all.
 _FORMS: dict[str, Callable[..., D2OConfig]] = {
     "streaming": lambda **budget: D2OConfig.of("streaming", **budget),
@@ -18,46 +22,64 @@ _FORMS: dict[str, Callable[..., D2OConfig]] = {
     "d2o": D2OConfig,
     "d2o-drop": lambda **budget: D2OConfig(merge=Merge.NONE, **budget),
     "d2o-uniform": lambda **budget: D2OConfig(layer_budgets=LayerBudgets.UNIFORM, **budget),
-    "d2o-pool-7": lambda **budget: D2OConfig(window_pool=7, window_ahead=None, **budget),
-    "d2o-pool-21": lambda **budget: D2OConfig(window_pool=21, window_ahead=None, **budget),
-    "d2o-quota-0.5": lambda **budget: D2OConfig(window_quota=0.5, **budget),
-    "d2o-gain-0.6": lambda **budget: D2OConfig(layer_gain=0.6, **budget),
-    "d2o-blend": lambda **budget: D2OConfig(window_quota=0.0, window_blend=0.5, **budget),
     "d2o-before": lambda **budget: D2OConfig(window_quota=0.5, window_pool=7, window_ahead=None, **budget),
-    "snapkv-pool-21": lambda **budget: D2OConfig.of("snapkv", window_pool=21, **budget),
     "d2o-no-window": lambda **budget: D2OConfig(window_quota=0.0, recent_share=0.25, **budget),
     "d2o-no-bias": lambda **budget: D2OConfig(merge_bias=False, **budget),
+    SCRAMBLED: D2OConfig,
+    # Half of the bytes by rounding: the full cache, whatever the ratio, and the default.
+    "8-bit": lambda **_: FULL,
+    "d2o-8-bit": D2OConfig,
 }
-SCRAMBLED = "d2o-random"
-# Half of the bytes by rounding: the full cache, whatever the ratio, and the default.
-_ROUNDED = ("8-bit", "d2o-8-bit")
-_BITS = 8
-NAMES = (*_FORMS, SCRAMBLED, *_ROUNDED)
+NAMES = tuple(_FORMS)
 DEFAULT = ("streaming", "h2o", "snapkv", "paper", "d2o", "d2o-drop", SCRAMBLED)
 
 
-def named(names: Sequence[str], ratios: Sequence[float]) -> list[Contender]:
-    """The contenders of these names at each ratio of the prompt, called ``name@ratio``, after the full cache.
+Forms = Mapping[str, Callable[..., D2OConfig]]
+
+
+def forms(names: Sequence[str], more: Sequence[str] = ()) -> Forms:
+    """The contenders of these names, and of each ``LABEL:POLICY:FIELD=VALUE,...`` that policy with such fields.
 
     Raises:
-        ValueError: a name that there is not.
+        ValueError: a name that there is not, or what makes no configuration.
     """
-    return _made(names, {f"{ratio:g}": {"ratio": ratio, "min_budget": 1} for ratio in ratios})
-
-
-def absolute(names: Sequence[str], budgets: Sequence[int]) -> list[Contender]:
-    """The same at absolute budgets in slots, called ``name@slots``."""
-    return _made(names, {str(budget): {"budget_tokens": budget} for budget in budgets})
-
-
-def _made(names: Sequence[str], budgets: dict[str, dict[str, Any]]) -> list[Contender]:
     for name in names:
         if name not in NAMES:
             raise ValueError(f"contenders: got {name!r}, allowed are {', '.join(NAMES)}")
+    return {name: _FORMS[name] for name in names} | dict(map(_form, more))
+
+
+def _form(text: str) -> tuple[str, Callable[..., D2OConfig]]:
+    label, policy, fields = (*text.split(":"), "", "")[:3]
+    if not label or "@" in label or policy not in set(Policy):
+        raise ValueError(f"set: got {text!r}, allowed is LABEL:POLICY:FIELD=VALUE,... with a policy such as d2o")
+    changes = dict(pair.split("=", 1) for pair in fields.split(",") if pair)
+    made: Callable[..., D2OConfig] = partial(D2OConfig.of, policy, **{k: _value(v) for k, v in changes.items()})
+    made(ratio=0.5)  # what it refuses, it refuses now
+    return label, made
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def at_ratios(entered: Forms, ratios: Sequence[float]) -> list[Contender]:
+    """Each at each ratio of the prompt, called ``name@ratio``, after the full cache."""
+    return _made(entered, {f"{ratio:g}": {"ratio": ratio, "min_budget": 1} for ratio in ratios})
+
+
+def at_budgets(entered: Forms, budgets: Sequence[int]) -> list[Contender]:
+    """The same at absolute budgets in slots, called ``name@slots``."""
+    return _made(entered, {str(budget): {"budget_tokens": budget} for budget in budgets})
+
+
+def _made(entered: Forms, budgets: dict[str, dict[str, Any]]) -> list[Contender]:
     made = [Contender(name="full", config=FULL)]
     for label, budget in budgets.items():
-        for name in names:
-            config = _FORMS.get(name, D2OConfig)(**budget) if name != "8-bit" else FULL
-            bits = _BITS if name in _ROUNDED else None
-            made.append(Contender(name=f"{name}@{label}", config=config, scrambled=name == SCRAMBLED, bits=bits))
+        for name, form in entered.items():
+            scrambled, bits = name == SCRAMBLED, _BITS.get(name)
+            made.append(Contender(name=f"{name}@{label}", config=form(**budget), scrambled=scrambled, bits=bits))
     return made

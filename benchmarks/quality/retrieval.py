@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality import texts
-from benchmarks.quality.cases import Case, half_of
+from benchmarks.quality.cases import Case
 from d2o_server.engine.types import ChatMessage
 from d2o_server.tokenizer import Tokenizer
 
@@ -22,6 +22,8 @@ _KEYS = ("harbour", "meadow", "lantern", "orchard", "granite", "compass", "violi
 _DEPTHS = (0.1, 0.35, 0.6, 0.85)
 _DIGITS = 5
 _REPLY = "Thank you, I have read it."
+# What the chat template and the replies of a conversation take.
+_TEMPLATE_TOKENS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,14 +112,14 @@ def retrieval_cases(
 ) -> Iterator[Case]:
     """``per_kind`` prompts of ``prompt`` tokens of each kind of text and task of ``tasks`` (some of :data:`TASKS`)."""
     for kind, found in texts.kinds(folder).items():
-        for number, ids in enumerate(texts.windows(found, tokenizer.encode, tokens=prompt, count=per_kind)):
+        for number, (half, ids) in enumerate(texts.windows(found, tokenizer.encode, tokens=prompt, count=per_kind)):
             for task, puzzle in _PUZZLES.items():
                 places = [place for place in PLACES if f"{task}-{place}" in tasks]
                 if places:
                     made = puzzle(random.Random(f"{task} {kind} {prompt} {number}"))
-                    yield from _in_text(tokenizer, made, task, places, ids, kind, number, half_of(number, per_kind))
+                    yield from _in_text(tokenizer, made, task, places, ids, kind, number, half)
             if TURNS in tasks:
-                yield _in_turns(tokenizer, ids, kind, number, half_of(number, per_kind))
+                yield _in_turns(tokenizer, ids, kind, number, half)
 
 
 def _in_text(
@@ -143,6 +145,7 @@ def _in_text(
             task=f"{task}-{place}",
             kind=kind,
             half=half,
+            size=len(ids),
             depth=puzzle.asked,
             prompt=story + question if inside else story,
             continuation=answer if inside else question + answer,
@@ -154,7 +157,7 @@ def _in_turns(tokenizer: Tokenizer, ids: tuple[int, ...], kind: str, number: int
     """A conversation: facts, three times some text to read, and a question for a fact of the first turn."""
     puzzle = _multikey(random.Random(f"turns {kind} {len(ids)} {number}"))
     told = "Please remember: " + " ".join(fact for _, fact in puzzle.facts)
-    room = len(ids) - len(tokenizer.encode(told + puzzle.question + puzzle.lead)) - 100
+    room = len(ids) - len(tokenizer.encode(told + puzzle.question + puzzle.lead)) - _TEMPLATE_TOKENS
     parts = [tokenizer.decode(ids[room * part // 3 : room * (part + 1) // 3]) for part in range(3)]
     messages = [ChatMessage("user", told), ChatMessage("assistant", "I will remember it.")]
     for part in parts:
@@ -166,6 +169,7 @@ def _in_turns(tokenizer: Tokenizer, ids: tuple[int, ...], kind: str, number: int
         task=TURNS,
         kind=kind,
         half=half,
+        size=len(ids),
         prompt=tuple(prompt),
         continuation=tuple(tokenizer.encode(puzzle.answer)),
     )

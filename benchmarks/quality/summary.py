@@ -28,7 +28,7 @@ def row(case: Case, contender: str, trace: Trace) -> Row:
         "task": case.task,
         "kind": case.kind,
         "half": case.half,
-        "prompt_tokens": len(case.prompt),
+        "prompt_tokens": case.size,
         "depth": case.depth,
         "contender": contender,
         "loss": float(loss.mean()),

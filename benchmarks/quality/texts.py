@@ -10,8 +10,11 @@ import torch
 
 from benchmarks._prompts import docstrings
 
-# Windows are chosen from so many times the text that they need.
-_SPREAD = 2
+CHOOSING, CONFIRMING = 0, 1
+"""Halves of a kind's text: a default is chosen on the one and confirmed on the other."""
+
+# Of each half so many tokens are used at most; texts that have fewer are cut in the middle.
+_HALF_TOKENS = 60_000
 
 
 def kinds(folder: Path | None = None) -> dict[str, Iterator[str]]:
@@ -29,8 +32,11 @@ def kinds(folder: Path | None = None) -> dict[str, Iterator[str]]:
 
 def windows(
     texts: Iterator[str], encode: Callable[[str], list[int]], *, tokens: int, count: int
-) -> list[tuple[int, ...]]:
-    """``count`` token windows, spread evenly over the texts' beginning.
+) -> list[tuple[int, tuple[int, ...]]]:
+    """``count`` token windows, each with its half, spread evenly over both halves of the texts' beginning.
+
+    Where a text is cut depends on nothing but the text: no window of one half shares a token with any of the other,
+    whatever their sizes.
 
     Raises:
         ValueError: the texts are too short.
@@ -38,18 +44,24 @@ def windows(
     ids: list[int] = []
     for text in texts:
         ids += encode(text + "\n\n")
-        if len(ids) >= _SPREAD * count * tokens:
+        if len(ids) >= 2 * _HALF_TOKENS:
             break
-    most = len(ids) // tokens
-    if most < count:
-        raise ValueError(f"texts: got {len(ids)} tokens, needed are {count} windows of {tokens} tokens")
-    return [tuple(ids[i * tokens : (i + 1) * tokens]) for i in (most * n // count for n in range(count))]
+    middle = min(len(ids) // 2, _HALF_TOKENS)
+    wanted = {CHOOSING: (ids[:middle], count - count // 2), CONFIRMING: (ids[middle : 2 * middle], count // 2)}
+    made = []
+    for half, (part, number) in wanted.items():
+        if number * tokens > len(part):
+            raise ValueError(f"texts: got {len(part)} tokens a half, needed are {number} windows of {tokens} tokens")
+        starts = ((len(part) - tokens) * n // max(1, number - 1) for n in range(number))
+        made += [(half, tuple(part[start : start + tokens])) for start in starts]
+    return made
 
 
 def _reference() -> Iterator[str]:
     from pydoc_data.topics import topics
 
-    yield from (topics[name] for name in sorted(topics))
+    # Several names share one text.
+    yield from dict.fromkeys(topics[name] for name in sorted(topics))
 
 
 def _python() -> Iterator[str]:
