@@ -124,6 +124,11 @@ class TestGenerate:
         )
         assert request.logprobs == 2
 
+    def test_a_loss_is_a_flag_too(self, server: ScriptedServer) -> None:
+        assert main(["generate", "Hi", "--compression", "auto", "--max-loss", "medium"]) == 0
+        wanted = pb.Compression(policy=pb.COMPRESSION_POLICY_AUTO, max_loss=pb.MAX_LOSS_MEDIUM)
+        assert stream_request(server).compression == wanted
+
     def test_without_flags_the_server_decides(self, server: ScriptedServer) -> None:
         assert main(["generate", "Hi"]) == 0
         request = stream_request(server)
@@ -154,10 +159,11 @@ class TestGenerate:
         assert capsys.readouterr().out == ""
 
     @pytest.mark.parametrize(
-        ("compression", "budget", "facts", "said"),
+        ("compression", "auto", "budget", "facts", "said"),
         [
-            (pb.COMPRESSION_POLICY_NONE, 0, {"kept": 102}, "cache: none, full, 102 slots a layer"),
-            (pb.COMPRESSION_POLICY_D2O, 1024, {"kept": 102}, "cache: d2o, not needed below 1024 slots a layer, 102"),
+            (pb.COMPRESSION_POLICY_NONE, False, 0, {"kept": 102}, "cache: none, full, 102 slots a layer"),
+            (pb.COMPRESSION_POLICY_NONE, True, 0, {"kept": 102}, "cache: none by auto, full, 102 slots a layer"),
+            (pb.COMPRESSION_POLICY_D2O, False, 1024, {"kept": 9}, "cache: d2o, not needed below 1024 slots a layer, 9"),
         ],
     )
     def test_the_summary_tells_when_nothing_was_compressed(
@@ -165,12 +171,14 @@ class TestGenerate:
         server: ScriptedServer,
         capsys: pytest.CaptureFixture[str],
         compression: pb.CompressionPolicy,
+        auto: bool,
         budget: int,
         facts: dict[str, Any],
         said: str,
     ) -> None:
         started, finished = pb.StreamGenerateTextResponse(), pb.StreamGenerateTextResponse()
         started.started.compression.policy = compression
+        started.started.auto = auto
         started.started.budget_per_layer = budget
         finished.finished.cache.layers.add(**facts)
         server.script("StreamGenerateText", started, chunk("a", 1), finished)

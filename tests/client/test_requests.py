@@ -126,6 +126,8 @@ def test_compression_is_a_policy_or_a_whole_description() -> None:
         merge=pb.MERGE_RULE_PAPER,
         layer_budgets=pb.LAYER_BUDGET_RULE_UNIFORM,
     )
+    loss = request(compression=Compression("auto", max_loss="low")).compression
+    assert loss == pb.Compression(policy=pb.COMPRESSION_POLICY_AUTO, max_loss=pb.MAX_LOSS_LOW)
     assert request(compression=Policy.NONE).compression.policy == pb.COMPRESSION_POLICY_NONE
     assert not request(compression=Compression(budget_tokens=9)).compression.policy
 
@@ -160,7 +162,7 @@ def test_a_wrong_option_is_named_with_what_is_allowed(options: dict[str, Any], n
     assert "allowed is" in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["ratio", "min_budget", "merge", "layer_budgets"])
+@pytest.mark.parametrize("field", ["ratio", "min_budget", "merge", "layer_budgets", "max_loss"])
 def test_a_wrong_compression_is_named_where_it_is_made(field: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"compression.{field}"):
         Compression(**{field: "x"})  # type: ignore[arg-type]

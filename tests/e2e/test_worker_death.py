@@ -113,7 +113,6 @@ def test_a_worker_that_is_still_loading_goes_with_its_front(tmp_path_factory: py
             time.sleep(0.02)
         worker = worker_of(front.pid)
         front.kill()
-        # It looks for its front once it has imported everything, which takes as long as the machine lets it.
-        worker.wait(PATIENCE)
+        worker.wait(8)
     finally:
         end(front)

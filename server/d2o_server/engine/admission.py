@@ -19,13 +19,13 @@ from d2o_server.engine.messages import AUTO_FULL_TOKENS, AutoTerms, Submit
 from d2o_server.engine.priority import check_priority, due
 from d2o_server.engine.text import TextCodec
 from d2o_server.engine.types import (
-    AutoCompression,
     ChatMessage,
     Compression,
     GenerationRequest,
     ModelInfo,
     Prompt,
     SamplingParams,
+    settled,
 )
 from d2o_server.engine.validation import validate
 
@@ -127,9 +127,7 @@ class Admission:
         return message, self._demand(message)
 
     def _compression(self, request: GenerationRequest) -> tuple[D2OConfig, AutoTerms | None]:
-        given = request.compression or self._defaults.compression
-        auto = isinstance(given, AutoCompression)
-        config = given.config if isinstance(given, AutoCompression) else given
+        config, auto = settled(request.compression or self._defaults.compression)
         if request.max_loss is not None:
             config = with_max_loss(config, request.max_loss)
         return config, AutoTerms(self._defaults.auto_full_tokens) if auto else None

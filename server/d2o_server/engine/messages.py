@@ -50,11 +50,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 AUTO_FULL_TOKENS = 2048
-"""Up to so many tokens ``auto`` prefers the full cache.
-
-Measured on a GPU (benchmarks/results/throughput*.json, 8B): of 768 tokens compression makes nothing faster, of 4,096 it
-does; this lies between. It is also twice the default least budget, so that compression could save half at most.
-"""
+"""Up to so many tokens ``auto`` prefers the full cache: twice the default least budget (docs/adr/0011)."""
 
 
 class AutoTerms(msgspec.Struct, frozen=True):

@@ -55,6 +55,11 @@ class AutoCompression:
 Compression = D2OConfig | AutoCompression
 
 
+def settled(compression: Compression) -> tuple[D2OConfig, bool]:
+    """The configuration that compresses, and whether auto may choose the full cache instead."""
+    return (compression.config, True) if isinstance(compression, AutoCompression) else (compression, False)
+
+
 def policy_name(compression: Compression) -> str:
     """What users call it: a policy's name, or auto."""
     return "auto" if isinstance(compression, AutoCompression) else str(compression.policy)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from d2o.config import ConfigError, D2OConfig, LayerBudgets, Merge, Policy
 from d2o_inference.v1 import inference_service_pb2 as pb
-from d2o_server.engine.types import AutoCompression, Compression, MaxLoss
+from d2o_server.engine.types import AutoCompression, Compression, MaxLoss, settled
 from d2o_server.errors import InvalidRequest
 from d2o_server.rpc import bounds
 
@@ -55,8 +55,7 @@ def compression_of(message: pb.Compression, default: Compression) -> tuple[Compr
         for name in ("ratio", "min_budget", "budget_tokens"):
             if message.HasField(name):
                 raise InvalidRequest("compression.max_loss", f"{max_loss} beside {name}", f"one of max_loss and {name}")
-    auto = isinstance(default, AutoCompression)
-    base = default.config if isinstance(default, AutoCompression) else default
+    base, auto = settled(default)
     if message.policy == pb.COMPRESSION_POLICY_AUTO or (auto and not message.policy):
         plain = pb.Compression()
         plain.CopyFrom(message)
@@ -106,8 +105,7 @@ def message_of(compression: Compression) -> pb.Compression:
 
     ``budget_tokens`` is 0 where no absolute budget is in force.
     """
-    auto = isinstance(compression, AutoCompression)
-    config = compression.config if isinstance(compression, AutoCompression) else compression
+    config, auto = settled(compression)
     return pb.Compression(
         policy=policy_number(None if auto else config.policy),
         ratio=config.ratio,

@@ -1,4 +1,7 @@
-"""A worker process: loads the model, then alternates between messages and steps until it is told to stop."""
+"""A worker process: watches the one that started it from its first moment, and serves.
+
+Importing what serves takes seconds, on a busy machine many: a front that is gone by then must not be waited for.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +11,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
-import torch.distributed as dist
-import zmq
-
-from d2o_server.engine.messages import (
-    FromWorker,
-    Progress,
-    Ready,
-    Refused,
-    Shutdown,
-    WorkerSettings,
-    decode_settings,
-    decode_to_worker,
-    encode,
-)
-from d2o_server.engine.pulse import keep_beating, pulse_file
-from d2o_server.errors import StartupError
 from d2o_server.telemetry import logs
-from d2o_server.worker.build import build_worker
-from d2o_server.worker.core import WorkerCore
-from d2o_server.worker.rank_processes import ranks_of
-from d2o_server.worker.ranks import Ranks
 
-# A step that fails because another process has died says so in words that do not help: who watches it knows better.
-_SECONDS_FOR_CAUSE = 1.5
 _ORPHAN_POLL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
@@ -49,20 +28,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
-    if rank == "0":
-        keep_beating(pulse_file(address))
-    context = zmq.Context()
-    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
-    socket.setsockopt(zmq.LINGER, 1000)
-    socket.connect(address)
-    try:
-        _serve(socket, address, int(rank))
-    finally:
-        socket.close()
-        context.term()
-    if dist.is_initialized():
-        # What the group does at the interpreter's end waits for the other ranks and for captured graphs.
-        os._exit(0)
+
+    from d2o_server.worker.serving import serve
+
+    serve(address, int(rank))
 
 
 def _end_with(parent: int) -> None:
@@ -71,80 +40,6 @@ def _end_with(parent: int) -> None:
         time.sleep(_ORPHAN_POLL_SECONDS)
     _log.error("the process that started this one is gone; stopping")
     os._exit(1)
-
-
-def _serve(socket: zmq.Socket[bytes], address: str, rank: int) -> None:
-    def say(message: FromWorker) -> None:
-        if rank == 0:
-            socket.send(encode(message))
-
-    settings = decode_settings(socket.recv())
-    with ranks_of(socket, settings, address, rank) as ranks:
-        core = _start(say, settings if rank else settings.rank(0), ranks)
-        if core is not None:
-            with _failing_as_one(ranks):
-                _run(socket, say, core, ranks)
-
-
-@contextmanager
-def _failing_as_one(ranks: Ranks) -> Iterator[None]:
-    """Ends the process at once where other ranks, which wait inside the step that failed, depend on that."""
-    try:
-        yield
-    except Exception:
-        if ranks.count == 1:
-            raise
-        time.sleep(_SECONDS_FOR_CAUSE)
-        _log.exception("rank %d fails, and its worker with it", ranks.number)
-        os._exit(1)
-
-
-def _run(socket: zmq.Socket[bytes], say: Callable[[FromWorker], None], core: WorkerCore, ranks: Ranks) -> None:
-    while True:
-        for data in ranks.take(lambda: _received(socket, wait=not core)):
-            message = decode_to_worker(data)
-            if isinstance(message, Shutdown):
-                return
-            core.handle(message)
-        if core:
-            if admission := core.admit():
-                say(admission)
-            report = core.step()
-            ranks.note(report)
-            say(report)
-
-
-def _received(socket: zmq.Socket[bytes], *, wait: bool) -> list[bytes]:
-    """What the front has sent; ``wait``: at least one message."""
-    messages = [socket.recv()] if wait else []
-    while socket.poll(0):
-        messages.append(socket.recv())
-    return messages
-
-
-def _start(say: Callable[[FromWorker], None], settings: WorkerSettings, ranks: Ranks) -> WorkerCore | None:
-    def progress(text: str) -> None:
-        say(Progress(text))
-
-    try:
-        worker = build_worker(settings, progress, ranks)
-    except StartupError as error:
-        say(Refused(type(error).__name__, str(error)))
-        return None
-    except Exception as error:  # noqa: BLE001  the front must hear of whatever happened
-        _log.exception("the worker could not start")
-        say(Refused("StartupError", f"the worker could not start: {type(error).__name__}: {error}"))
-        return None
-    ready = Ready(
-        shape=worker.shape,
-        page_size=settings.page_size,
-        page_bytes=worker.page_bytes,
-        pool=worker.core.pool_state(),
-        max_model_len=worker.max_model_len,
-        device=str(worker.core.runner.caches.pool.device),
-    )
-    say(ready)
-    return worker.core
 
 
 if __name__ == "__main__":

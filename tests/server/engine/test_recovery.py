@@ -11,12 +11,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import pytest_asyncio
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.dispatcher import Dispatcher
-from d2o_server.engine.messages import Admitted, Ended, Failed, NewToken, Submit
+from d2o_server.engine.messages import Admitted, AutoTerms, Ended, Failed, NewToken, Submit
 from d2o_server.engine.supervision import Supervision
 from d2o_server.engine.ticket import Ticket, TicketEvent
 from d2o_server.engine.types import SamplingParams
@@ -120,6 +121,8 @@ MIX = [
     request(D2OConfig(budget_tokens=150)),
     request(TIGHT, temperature=1.0, repetition_penalty=1.2, logprobs=2),
     request(D2OConfig.of(Policy.SNAPKV, ratio=0.3, min_budget=1), temperature=1.0, top_p=0.9),
+    # Too long for the full cache: another worker must not choose again.
+    msgspec.structs.replace(request(TIGHT), auto=AutoTerms(full_tokens=1)),
 ]
 
 

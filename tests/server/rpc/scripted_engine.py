@@ -29,7 +29,13 @@ from d2o_server.engine.types import (
 )
 
 STARTED = Started(
-    generation_id="gen-7", prompt_tokens=5, reserved_pages=12, compression=D2OConfig(), budget_per_layer=1024, seed=9
+    generation_id="gen-7",
+    prompt_tokens=5,
+    reserved_pages=12,
+    compression=D2OConfig(),
+    budget_per_layer=1024,
+    seed=9,
+    auto=True,
 )
 CHUNKS = (
     Chunk("Par", (11,), (TokenLogprob(11, "Par", -0.25, (TopLogprob(11, "Par", -0.25), TopLogprob(12, "Lon", -2.5))),)),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 from prometheus_client import generate_latest
 
 from d2o_server import errors
 from d2o_server.engine.observer import Timeline
-from d2o_server.engine.types import CacheFacts, LayerCache
+from d2o_server.engine.types import AutoOutcome, CacheFacts, LayerCache
 from d2o_server.errors import EngineFailure, InvalidRequest, Overloaded, ServerError, StartupError
 from d2o_server.telemetry.calls import rejection_of
 from d2o_server.telemetry.metrics import Metrics, MetricsServer
@@ -71,6 +72,20 @@ async def test_compression_is_timed_only_where_a_layer_was_compressed() -> None:
     assert value(metrics, "d2o_compression_seconds_sum") == 0.5
     fates = {fate: value(metrics, "d2o_cache_tokens_total", fate=fate) for fate in ("kept", "merged", "dropped")}
     assert fates == {"kept": 14, "merged": 2, "dropped": 2}
+
+
+async def test_what_auto_chose_is_counted_and_what_was_named_is_not() -> None:
+    metrics = Metrics()
+    named = timeline(seconds=0.0)
+    for each in (
+        named,
+        replace(named, auto="full"),
+        replace(named, auto="pages", cache=None),
+        replace(named, auto="full"),
+    ):
+        metrics.ended(each)
+    counts = {outcome: value(metrics, "d2o_auto_choices_total", outcome=outcome) for outcome in AutoOutcome}
+    assert counts == {"full": 2, "long": 0, "pages": 1}
 
 
 async def test_every_reason_is_there_before_the_first_refusal() -> None:
