@@ -92,8 +92,8 @@ def test_any_configuration_can_enter_by_its_fields() -> None:
     full, snapkv, wide, as_is = contenders.at_ratios(forms, [0.2])
     assert [full.name, snapkv.name, wide.name, as_is.name] == ["full", "snapkv@0.2", "wide@0.2", "as-is@0.2"]
     assert as_is.config == D2OConfig.of("h2o", ratio=0.2, min_budget=1)
-    budget = {"ratio": 0.2, "min_budget": 1}
-    assert wide.config == D2OConfig(window_quota=0.5, window_pool=21, window_ahead=None, **budget)
+    expected = D2OConfig(ratio=0.2, min_budget=1, window_quota=0.5, window_pool=21, window_ahead=None)
+    assert wide.config == expected
     for wrong, message in (("x:d2o:window_pool=0", "window_pool"), ("x:best", "set: got 'x:best', allowed is LABEL:")):
         with pytest.raises(ValueError, match=message):
             contenders.forms([], [wrong])

@@ -72,10 +72,10 @@ def _table(result: dict[str, Any], part: str) -> str:
         lines.append("| " + " | ".join(line) + " |")
     cases = ", ".join(f"{rows[task, 'full']['cases']} of {task}" for task in tasks)
     machine = result["machine"]
-    lines.append(
-        f"\n{result['model']}, {result['dtype']}; cases: {cases}; prompts of {result['prompt_tokens']} (text) and"
-        f" {_numbers(result['question_tokens'])} tokens; commit {machine['commit'][:12]}, {machine['date'][:10]}.\n"
-    )
+    prompts = f"prompts of {result['prompt_tokens']} tokens before {result['follow_tokens']} of text that are predicted"
+    asked = f"and of {_numbers(result['question_tokens'])} with a question"
+    run = f"commit {machine['commit'][:12]}, {machine['date'][:10]}"
+    lines.append(f"\n{result['model']}, {result['dtype']}; cases: {cases}; {prompts}, {asked}; {run}.\n")
     return "\n".join(lines)
 
 

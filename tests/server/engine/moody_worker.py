@@ -23,6 +23,8 @@ def step(core: WorkerCore) -> StepReport:
     # Not in the warm-up, for which no front waits.
     if core.scheduler.find("warm-up") is None:
         if mood() == "die":
+            # As a kernel that crashes does, later than the socket's thread has sent what was said before the step.
+            time.sleep(0.2)
             os._exit(3)
         while mood() == "hang":
             time.sleep(0.1)
