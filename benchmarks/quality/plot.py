@@ -21,13 +21,14 @@ def plot_quality(folder: Path, name: str = "quality") -> Path:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     _lines(left, _of(rows, "text"), lambda row: (row["rise"], row["rise_error"] or 0.0))
+    left.legend(fontsize=8, frameon=False)
     left.set_title("Rise of loss on text, nats a token", fontsize=11, fontweight="bold", color=_INK)
     asked = _of(rows, "multikey-inside")
     _lines(right, asked, lambda row: (row["hits"], row["hits_error"] or 0.0))
     for row in asked:
         if row["contender"] == "full":
             right.axhline(row["hits"], color=_INK, linewidth=1, linestyle=":")
-            right.annotate("full cache", (0.1, row["hits"]), (0, 4), textcoords="offset points", fontsize=8)
+            right.text(0.02, row["hits"], "full cache", fontsize=8, va="bottom", transform=right.get_yaxis_transform())
     right.set_title("Answers found, question in the prompt", fontsize=11, fontweight="bold", color=_INK)
     figure.suptitle(f"{result['model']}, {result['dtype']}; bars: standard errors", fontsize=9, color=_INK)
     path = folder / f"{name}.png"
@@ -47,9 +48,9 @@ def _lines(axes: Axes, rows: list[dict[str, Any]], value: Callable[[dict[str, An
             ratios, heights, errors = zip(*own, strict=True)
             axes.errorbar(ratios, heights, errors, color=color, marker="o", markersize=3, capsize=2, label=policy)
     axes.set_xlabel("cache slots as a share of the prompt", fontsize=9)
+    axes.set_xticks(sorted({float(row["contender"].partition("@")[2]) for row in rows if "@" in row["contender"]}))
     axes.set_ylim(0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
 
 
 def _policy(row: dict[str, Any]) -> str:

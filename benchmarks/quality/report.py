@@ -74,7 +74,8 @@ def _table(result: dict[str, Any], part: str) -> str:
     machine = result["machine"]
     prompts = f"prompts of {result['prompt_tokens']} tokens before {result['follow_tokens']} of text that are predicted"
     asked = f"and of {_numbers(result['question_tokens'])} with a question"
-    run = f"commit {machine['commit'][:12]}, {machine['date'][:10]}"
+    commit = machine["commit"] if " " in machine["commit"] else machine["commit"][:12]
+    run = f"commit {commit}, {machine['date'][:10]}"
     lines.append(f"\n{result['model']}, {result['dtype']}; cases: {cases}; {prompts}, {asked}; {run}.\n")
     return "\n".join(lines)
 
