@@ -80,6 +80,23 @@ def test_rounding_to_eight_bits_costs_a_little_and_to_two_bits_much(probe: Probe
     assert 0 < some < much / 10
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_what_a_cpu_finds(tmp_path: Path) -> None:
+    source = resolve(MODEL)
+    load_model(source, dtype=torch.float32, device="cpu", attn_implementation="eager").save_pretrained(tmp_path)
+    contenders = [Contender(name="full", config=FULL), TIGHT, Contender(name="bits", config=TIGHT.config, bits=8)]
+    traces = {}
+    for device in ("cpu", "cuda"):
+        probe = Probe(str(tmp_path), dtype="float32", threads=1, tokens=200, contenders=4, device=device)
+        traces[device] = probe.run(PROMPT, CONTINUATION, contenders)
+        assert probe.caches.pool.used_pages == 0
+    for one, other in zip(traces["cpu"], traces["cuda"], strict=True):
+        assert other.slots == one.slots
+        torch.testing.assert_close(other.loss, one.loss, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(other.divergence, one.divergence, atol=1e-3, rtol=1e-3)
+
+
 def test_a_prompt_that_is_too_short_is_refused(probe: Probe) -> None:
     with pytest.raises(ValueError, match=r"got 1 and 40 tokens, allowed are at least 2 and 1"):
         probe.run(PROMPT[:1], CONTINUATION, [TIGHT])
@@ -164,6 +181,18 @@ def test_a_run_that_is_started_again_goes_on_where_it_was(tmp_path: Path) -> Non
     rows = document["summary"]["all"]
     assert {each["contender"] for each in rows if each["task"] != "long"} == {"full", "h2o@0.3", "d2o@0.3"}
     assert all(each["rise"] == 0 for each in rows if each["contender"] == "full")
+    kept = tmp_path / "cases.json"
+    assert quality.main([*arguments, "--contenders", "h2o", "d2o", "--write-cases", str(kept)]) == 0
+    everything = log.read_text()
+    assert quality.main([*arguments, "--contenders", "h2o", "d2o", "--cases", str(kept), "--texts", "9"]) == 0
+    assert log.read_text() == everything
+    again = json.loads((tmp_path / "quality.json").read_text())
+    assert {key: again[key] for key in document if key != "machine"} == {
+        key: document[key] for key in document if key != "machine"
+    }
+    kept.write_text('[{"name": 3}]')
+    with pytest.raises(ValueError, match=r"cases: .*cases\.json has none that --write-cases has written"):
+        quality.main([*arguments, "--cases", str(kept)])
     parts = {each["contender"]: each["rise_by_part"] for each in rows if each["task"] == "long"}
     assert (set(parts), parts["full"]) == ({"full", "h2o@40", "d2o@40"}, [0.0] * PARTS)
     assert {each["depth"] for each in document["by_depth"]} <= {0.1, 0.35, 0.6, 0.85}

@@ -19,10 +19,11 @@ from benchmarks import _cli
 from benchmarks._prompts import tokenizer
 from benchmarks.quality import contenders as policies
 from benchmarks.quality import retrieval
-from benchmarks.quality.cases import Case, agreement_cases, long_cases, text_cases
+from benchmarks.quality.cases import Case, agreement_cases, long_cases, read_cases, text_cases, write_cases
 from benchmarks.quality.probe import Contender, Probe
 from benchmarks.quality.summary import Row, by, row, summary, table
 from benchmarks.quality.texts import CHOOSING, CONFIRMING
+from d2o_server.models.source import resolve
 
 TASKS = ("text", "agreement", "long", *retrieval.TASKS)
 _HALVES = {"choosing": (CHOOSING,), "confirming": (CONFIRMING,), "both": (CHOOSING, CONFIRMING)}
@@ -37,15 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     forms = policies.forms(options.contenders, options.set)
     entered, absolute = policies.at_ratios(forms, options.ratios), policies.at_budgets(forms, options.budgets)
     cases = [case for case in _cases(options) if case.half in _HALVES[options.half]]
+    if options.write_cases:
+        write_cases(options.write_cases, cases)
+        return 0
     rows = _run_all(options, cases, entered, absolute)
     halves = {f"{name} half": [each for each in rows if each["half"] in _HALVES[name]] for name in list(_HALVES)[:2]}
     asked = [each for each in rows if each["task"] in retrieval.TASKS]
     document = {
-        "model": options.model,
+        "model": resolve(options.model).name,
         "dtype": options.dtype,
-        "prompt_tokens": options.prompt_tokens,
-        "follow_tokens": options.follow_tokens,
-        "question_tokens": options.question_tokens,
+        **_sizes(cases),
         "ratios": options.ratios,
         "cases": {task: sum(case.task == task for case in cases) for task in sorted({case.task for case in cases})},
         "summary": {"all": summary(rows)} | {name: summary(part) for name, part in halves.items() if part},
@@ -61,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     made = _cli.parser(str(__doc__))
     made.set_defaults(dtype="float32")
+    made.add_argument("--device", default="cpu", help="cpu or cuda: there the worker's kernels run")
+    made.add_argument("--write-cases", type=Path, metavar="FILE", help="write the cases there, and run nothing")
+    made.add_argument("--cases", type=Path, metavar="FILE", help="run those cases instead of making some")
     made.add_argument("--tasks", nargs="+", default=_DEFAULT_TASKS, help=", ".join(TASKS))
     made.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.4, 0.2, 0.1], help="of the prompt")
     made.add_argument("--budgets", type=int, nargs="+", default=[512], help="in slots, for the task long")
@@ -83,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cases(options: Any) -> Iterator[Case]:
+    if options.cases:
+        yield from (case for case in read_cases(options.cases) if case.task in options.tasks)
+        return
     made = tokenizer(options.model)
     text: dict[str, Any] = {"per_kind": options.texts, "folder": options.text_folder}
     prompt, follow = options.prompt_tokens, options.follow_tokens
@@ -101,13 +109,24 @@ def _cases(options: Any) -> Iterator[Case]:
         yield from long_cases(made.encode, prompt=short, follow=after, **text)
 
 
+def _sizes(cases: Sequence[Case]) -> dict[str, Any]:
+    """In tokens: of the prompts of text, of what follows them, and of the texts that questions are about."""
+    texts = [case for case in cases if case.task not in retrieval.TASKS]
+    return {
+        "prompt_tokens": max((case.size for case in texts), default=None),
+        "follow_tokens": max((case.tokens - len(case.prompt) for case in texts), default=None),
+        "question_tokens": sorted({case.size for case in cases if case.task in retrieval.TASKS}),
+    }
+
+
 def _run_all(
     options: Any, cases: Sequence[Case], entered: Sequence[Contender], absolute: Sequence[Contender]
 ) -> list[Row]:
     """The rows of all cases and contenders; those that the log has already are not run again."""
     log = options.out / f"{options.name}.log.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
-    known = _logged(log, f"{options.model} {options.dtype}")
+    model = f"{resolve(options.model).name} {options.dtype}" + f" {options.device}" * (options.device != "cpu")
+    known = _logged(log, model)
     probe: Probe | None = None
     tokens = max(case.tokens for case in cases)
     pairs = [(case, absolute if case.absolute else entered) for case in cases]
@@ -117,13 +136,18 @@ def _run_all(
             continue
         if probe is None:
             probe = Probe(
-                options.model, dtype=options.dtype, threads=options.threads, tokens=tokens, contenders=options.batch
+                options.model,
+                dtype=options.dtype,
+                threads=options.threads,
+                tokens=tokens,
+                contenders=options.batch,
+                device=options.device,
             )
         said = replace(case, continuation=probe.greedy(case.prompt, case.greedy)) if case.greedy else case
         traces = probe.run(said.prompt, said.continuation, missing)
         with log.open("a") as file:
             for contender, trace in zip(missing, traces, strict=True):
-                made = row(case, contender.name, trace) | {"model": f"{options.model} {options.dtype}"}
+                made = row(case, contender.name, trace) | {"model": model}
                 known[case.key, contender.name] = made
                 file.write(json.dumps(made) + "\n")
         print(f"quality: {number + 1} of {len(cases)} cases, {case.name}", file=sys.stderr, flush=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from benchmarks.quality import texts
 
@@ -43,6 +45,23 @@ class Case:
     def tokens(self) -> int:
         """Of prompt and continuation together."""
         return len(self.prompt) + max(len(self.continuation), self.greedy)
+
+
+def write_cases(path: Path, cases: Sequence[Case]) -> None:
+    """Keeps cases for a machine that has neither the texts nor a tokenizer, or for another project's benchmark."""
+    path.write_bytes(msgspec.json.encode(cases))
+
+
+def read_cases(path: Path) -> list[Case]:
+    """What :func:`write_cases` has written.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Case])
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"cases: {path} has none that --write-cases has written: {error}") from error
 
 
 def text_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:

@@ -62,15 +62,20 @@ class Trace:
 
 
 class Probe:
-    """A model with room for a prompt and ``contenders`` continuations of it, ``tokens`` tokens at most together."""
+    """A model with room for a prompt and ``contenders`` continuations of it, ``tokens`` tokens at most together.
 
-    def __init__(self, model: str, *, dtype: str, threads: int, tokens: int, contenders: int) -> None:
+    On a GPU it is the worker's kernels that read, compress, evict and decode.
+    """
+
+    def __init__(
+        self, model: str, *, dtype: str, threads: int, tokens: int, contenders: int, device: str = "cpu"
+    ) -> None:
         _keep_large_blocks()
         layers = describe(load_config(resolve(model))).layers
         settings = WorkerSettings(
             model=model,
             dtype=dtype,
-            device="cpu",
+            device=device,
             index=0,
             tensor_parallel=1,
             threads=threads,
@@ -81,7 +86,7 @@ class Probe:
             max_model_len=tokens,
             max_sequences=contenders + 2,
             prefill_tokens=_CHUNK,
-            graphs=False,
+            graphs=device != "cpu",
             compile=False,
             compile_cache=None,
             check_integrity=False,
@@ -199,11 +204,15 @@ class Probe:
         pool, read = self.caches.pool, len(parent.prompt) - 1
         self.caches.append(torch.tensor([target.row]), torch.tensor([read]))
         layers, slots = torch.arange(pool.layers)[:, None], torch.arange(read)
-        old = pool.slot_rows(layers, torch.tensor(source.row), slots).flatten()
-        new = pool.slot_rows(layers, torch.tensor(target.row), slots).flatten()
+        old = pool.slot_rows(layers, torch.tensor(source.row), slots).flatten().to(pool.device)
+        new = pool.slot_rows(layers, torch.tensor(target.row), slots).flatten().to(pool.device)
         for store in (pool.k, pool.v):
             flat = store.view(-1, pool.head_dim)
             flat[new] = flat[old] if contender.bits is None else rounded(flat[old], contender.bits)
+        # What kernels write beside each key.
+        pool.position.view(-1)[new] = pool.position.view(-1)[old]
+        pool.score.view(-1)[new] = 0.0
+        pool.bias.view(-1)[new] = 0.0
         self.caches.targets(target)
         if target.scores is not None and source.scores is not None:
             _copy_scores(source.scores, target.scores, contender.scrambled)
@@ -231,6 +240,7 @@ def _copy_scores(source: PromptScores, target: PromptScores, scrambled: bool) ->
     order = torch.arange(tokens)
     if scrambled:
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens))
+    order = order.to(source.received.device)
     target.received.copy_(source.received[..., order])
     if target.window is not None and source.window is not None:
         target.window.copy_(source.window[..., order])
@@ -261,13 +271,18 @@ class _Watch:
     def __call__(self, logits: Tensor, sequences: list[Sequence]) -> None:
         found = torch.log_softmax(logits.float(), -1)
         for row, sequence in enumerate(sequences):
-            step, name = sequence.launched, sequence.id
-            if name == "full" and step == len(self._reference):
+            if sequence.id == "full" and sequence.launched == len(self._reference):
                 self._reference.append(found[row].clone())
-            token, full = self._known[step], self._reference[step]
-            self._loss.setdefault(name, []).append(-float(found[row, token]))
-            self._hit.setdefault(name, []).append(int(found[row].argmax()) == token)
-            self._divergence.setdefault(name, []).append(float((full.exp() * (full - found[row])).sum()))
+        steps = [sequence.launched for sequence in sequences]
+        known = torch.tensor([self._known[step] for step in steps], device=found.device)
+        full = torch.stack([self._reference[step] for step in steps])
+        loss = -found.gather(-1, known[:, None])[:, 0]
+        divergence = (full.exp() * (full - found)).sum(-1)
+        numbers = zip(loss.tolist(), (found.argmax(-1) == known).tolist(), divergence.tolist(), strict=True)
+        for sequence, (lost, hit, diverged) in zip(sequences, numbers, strict=True):
+            self._loss.setdefault(sequence.id, []).append(lost)
+            self._hit.setdefault(sequence.id, []).append(hit)
+            self._divergence.setdefault(sequence.id, []).append(diverged)
 
     def trace(self, name: str, slots: float) -> Trace:
         return Trace(

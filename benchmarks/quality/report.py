@@ -72,11 +72,15 @@ def _table(result: dict[str, Any], part: str) -> str:
         lines.append("| " + " | ".join(line) + " |")
     cases = ", ".join(f"{rows[task, 'full']['cases']} of {task}" for task in tasks)
     machine = result["machine"]
-    prompts = f"prompts of {result['prompt_tokens']} tokens before {result['follow_tokens']} of text that are predicted"
-    asked = f"and of {_numbers(result['question_tokens'])} with a question"
+    sizes = []
+    if result["prompt_tokens"]:
+        sizes.append(f"of {result['prompt_tokens']} tokens before {result['follow_tokens']} of text that are predicted")
+    if result["question_tokens"]:
+        sizes.append(f"of {_numbers(result['question_tokens'])} with a question")
+    prompts = f"prompts {', and '.join(sizes)}"
     commit = machine["commit"] if " " in machine["commit"] else machine["commit"][:12]
     run = f"commit {commit}, {machine['date'][:10]}"
-    lines.append(f"\n{result['model']}, {result['dtype']}; cases: {cases}; {prompts}, {asked}; {run}.\n")
+    lines.append(f"\n{result['model']}, {result['dtype']}; cases: {cases}; {prompts}; {run}.\n")
     return "\n".join(lines)
 
 
