@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = _run_all(options, cases, entered, absolute)
     halves = {f"{name} half": [each for each in rows if each["half"] in _HALVES[name]] for name in list(_HALVES)[:2]}
     asked = [each for each in rows if each["task"] in retrieval.TASKS]
+    texts = [each for each in rows if each["task"] not in retrieval.TASKS]
     document = {
         "model": resolve(options.model).name,
         "dtype": options.dtype,
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ratios": options.ratios,
         "cases": {task: sum(case.task == task for case in cases) for task in sorted({case.task for case in cases})},
         "summary": {"all": summary(rows)} | {name: summary(part) for name, part in halves.items() if part},
-        "by_kind": by(rows, "kind"),
+        "by_kind": by(texts, "kind"),
         "by_depth": by(asked, "depth"),
         "by_prompt_tokens": by(asked, "prompt_tokens"),
     }

@@ -17,6 +17,7 @@ PAGE = RESULTS.parents[1] / "docs" / "quality.md"
 _MARKS = re.compile(r"(<!-- table: (\w+)(?:, ([\w ]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 _TASKS = {
     "text": "loss on text",
+    "long": "loss on a long continuation",
     "agreement": "after the full cache's own words",
     "single-inside": "one fact, question inside",
     "single-after": "one fact, question after",
@@ -29,8 +30,8 @@ _TASKS = {
     "turns": "five turns",
 }
 
-_EXTRAS = {"hits": "hits", "prefix": "same tokens"}
-_FORMATS = {"hits": ".2f", "prefix": ".0f"}
+_EXTRAS = {"hits": "hits", "prefix": "same tokens", "rise_by_part": "its eighths"}
+_FORMATS = {"hits": ".2f", "prefix": ".0f", "rise_by_part": ".2f"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +58,9 @@ def filled(page: str, results: Path) -> str:
 def _table(result: dict[str, Any], part: str) -> str:
     """One row a contender: its rise of loss with its standard error in each task, hits where there are answers."""
     rows = {(row["task"], row["contender"]): row for row in result["summary"][part]}
-    tasks = [task for task in _TASKS if any(row[0] == task for row in rows)]
+    given = [task for task in _TASKS if any(row[0] == task for row in rows)]
+    tasks = [task for task in given if rows[task, "full"].get("counts", True)]
+    weak = [f"{task} ({rows[task, 'full']['hits']:.2f})" for task in given if task not in tasks]
     head = ["policy@ratio", "slots a layer"]
     for task in tasks:
         head += [_TASKS[task], *(name for key, name in _EXTRAS.items() if key in rows[task, "full"])]
@@ -68,7 +71,7 @@ def _table(result: dict[str, Any], part: str) -> str:
             row = rows[task, name]
             error = row["rise_error"] or 0.0
             line.append(f"{row['rise']:.3f} ± {error:.3f}" if name != "full" else f"{row['loss']:.3f} (loss itself)")
-            line += [f"{row[key]:{_FORMATS[key]}}" for key in _EXTRAS if key in row]
+            line += [_shown(row[key], _FORMATS[key]) for key in _EXTRAS if key in row]
         lines.append("| " + " | ".join(line) + " |")
     cases = ", ".join(f"{rows[task, 'full']['cases']} of {task}" for task in tasks)
     machine = result["machine"]
@@ -80,8 +83,14 @@ def _table(result: dict[str, Any], part: str) -> str:
     prompts = f"prompts {', and '.join(sizes)}"
     commit = machine["commit"] if " " in machine["commit"] else machine["commit"][:12]
     run = f"commit {commit}, {machine['date'][:10]}"
-    lines.append(f"\n{result['model']}, {result['dtype']}; cases: {cases}; {prompts}; {run}.\n")
+    on = f" on {machine['gpus'][0]}" if machine["gpus"] else ""
+    left_out = f" Left out, because the full cache itself finds too few answers: {', '.join(weak)}." if weak else ""
+    lines.append(f"\n{result['model']}, {result['dtype']}{on}; cases: {cases}; {prompts}; {run}.{left_out}\n")
     return "\n".join(lines)
+
+
+def _shown(value: float | list[float], how: str) -> str:
+    return " ".join(f"{part:{how}}" for part in value) if isinstance(value, list) else f"{value:{how}}"
 
 
 def _numbers(given: int | list[int]) -> str:

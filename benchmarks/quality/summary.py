@@ -14,6 +14,7 @@ from benchmarks.quality.probe import Trace
 _WITHOUT_HITS = ("text", "agreement", "long")
 # Below this share of hits with the full cache a retrieval task says nothing about compression.
 _LEAST_FULL_HITS = 0.3
+_DIGITS = 4
 # A long continuation is looked at in so many parts.
 PARTS = 8
 
@@ -46,6 +47,7 @@ def row(case: Case, contender: str, trace: Trace) -> Row:
 def summary(rows: Sequence[Row]) -> list[Row]:
     """One row a task and contender: rise of loss over the full cache's and its standard error, hits, divergence.
 
+    ``over_d2o`` is how much more is lost than by the default at the same budget, case by case.
     ``counts`` is false for a retrieval task that the full cache itself does not do well; ``prefix`` is how many greedy
     tokens are the full cache's before the first that is not.
     """
@@ -58,23 +60,33 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             own = [row for row in of_task if row["contender"] == name]
             rise, error = _mean_and_error(row["loss"] - full[row["case"]]["loss"] for row in own)
             counts = task in _WITHOUT_HITS or reference >= _LEAST_FULL_HITS
-            entry = {"task": task, "contender": name, "cases": len(own), "loss": mean(row["loss"] for row in own)}
+            entry = {"task": task, "contender": name, "cases": len(own), "loss": _mean(row["loss"] for row in own)}
             entry |= {"rise": rise, "rise_error": error}
+            default = {row["case"]: row for row in of_task if row["contender"] == f"d2o@{name.partition('@')[2]}"}
+            if default and name not in ("full", next(iter(default.values()))["contender"]):
+                over = (row["loss"] - default[row["case"]]["loss"] for row in own)
+                entry["over_d2o"], entry["over_d2o_error"] = _mean_and_error(over)
             if task not in _WITHOUT_HITS:
                 entry["hits"], entry["hits_error"] = _mean_and_error(float(row["hit"]) for row in own)
             if "prefix" in own[0]:
                 entry["prefix"], entry["prefix_error"] = _mean_and_error(row["prefix"] for row in own)
             if "loss_by_part" in own[0]:
                 entry["rise_by_part"] = _rise_by_part(own, full)
-            entry |= {"divergence": mean(row["divergence"] for row in own), "slots": mean(row["slots"] for row in own)}
+            entry |= {
+                "divergence": _mean(row["divergence"] for row in own),
+                "slots": _mean(row["slots"] for row in own),
+            }
             made.append(entry | {"counts": counts})
     return made
 
 
 def by(rows: Sequence[Row], what: str) -> list[Row]:
-    """:func:`summary` for each value of a field of the rows, such as depth, apart; rows without it are left out."""
+    """Rise of loss and hits for each value of a field, such as depth, apart; rows without it are left out."""
+    shown = ("task", "contender", "cases", "rise", "rise_error", "hits")
     values = sorted({row[what] for row in rows if row.get(what) is not None})
-    return [{what: value} | each for value in values for each in summary([row for row in rows if row[what] == value])]
+    parts = ((value, summary([row for row in rows if row.get(what) == value])) for value in values)
+    every = ((value, each) for value, part in parts for each in part if each["counts"])
+    return [{what: value} | {key: each[key] for key in shown if key in each} for value, each in every]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -99,10 +111,14 @@ def table(rows: Sequence[Row]) -> str:
 def _rise_by_part(own: Sequence[Row], full: dict[str, Row]) -> list[float]:
     pairs = [zip(row["loss_by_part"], full[row["case"]]["loss_by_part"], strict=True) for row in own]
     rises = ([lost - reference for lost, reference in pair] for pair in pairs)
-    return [mean(part) for part in zip(*rises, strict=True)]
+    return [_mean(part) for part in zip(*rises, strict=True)]
 
 
 def _mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
     """The mean and its standard error, None for a single value."""
     known = list(values)
-    return mean(known), stdev(known) / sqrt(len(known)) if len(known) > 1 else None
+    return _mean(known), round(stdev(known) / sqrt(len(known)), _DIGITS) if len(known) > 1 else None
+
+
+def _mean(values: Iterable[float]) -> float:
+    return round(mean(values), _DIGITS)
