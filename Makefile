@@ -47,7 +47,8 @@ bench: $(READY) ## Run every benchmark, or ONLY="concurrency"; its flags go into
 	done
 
 quality: $(READY) ## Measure what compression costs in quality, a reduced set; flags go into ARGS
-	@$(BIN)/python -m benchmarks.quality --name quality_reduced --texts 2 --questions 3 --ratios 0.4 0.2 $(ARGS)
+	@$(BIN)/python -m benchmarks.quality --name quality_reduced --texts 2 --questions 3 --prompt-tokens 2048 \
+		--follow-tokens 128 --ratios 0.4 0.2 --batch 18 $(ARGS)
 
 lock: $(READY) ## Resolve all dependencies afresh into requirements.lock
 	@$(BIN)/python scripts/lock.py > requirements.lock.new

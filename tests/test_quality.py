@@ -17,6 +17,8 @@ from benchmarks.quality.probe import FULL, Contender, Probe, rounded
 from benchmarks.quality.retrieval import TASKS, retrieval_cases
 from benchmarks.quality.summary import PARTS, row
 from d2o.config import D2OConfig
+from d2o_server.engine.loss_table import RATIOS
+from d2o_server.engine.types import MaxLoss
 from d2o_server.models.source import resolve
 from d2o_server.worker.loader import load_model
 
@@ -190,6 +192,13 @@ def test_a_run_that_is_started_again_goes_on_where_it_was(tmp_path: Path) -> Non
     assert {key: again[key] for key in document if key != "machine"} == {
         key: document[key] for key in document if key != "machine"
     }
+    peers = tmp_path / "peers.jsonl"
+    theirs = [json.loads(line) for line in everything.splitlines() if '"text"' in line and '"h2o@0.3"' in line][:2]
+    peers.write_text("".join(json.dumps(each | {"contender": "peer@0.3", "loss": 9.0}) + "\n" for each in theirs))
+    assert quality.main([*arguments, "--contenders", "h2o", "--cases", str(kept), "--peers", str(peers)]) == 0
+    beside = json.loads((tmp_path / "quality.json").read_text())["summary"]["all"]
+    assert [(each["contender"], each["cases"]) for each in beside] == [("full", 2), ("h2o@0.3", 2), ("peer@0.3", 2)]
+    assert beside[-1]["loss"] == 9
     kept.write_text('[{"name": 3}]')
     with pytest.raises(ValueError, match=r"cases: .*cases\.json has none that --write-cases has written"):
         quality.main([*arguments, "--cases", str(kept)])
@@ -198,6 +207,13 @@ def test_a_run_that_is_started_again_goes_on_where_it_was(tmp_path: Path) -> Non
     assert {each["depth"] for each in document["by_depth"]} <= {0.1, 0.35, 0.6, 0.85}
     with pytest.raises(SystemExit, match="tasks: got 'sums', allowed are text, agreement, long, single-inside"):
         quality.main([*arguments, "--tasks", "sums"])
+
+
+def test_each_max_loss_was_measured_and_a_higher_one_loses_more() -> None:
+    summary = json.loads((RESULTS / "quality_full.json").read_text())["summary"]["all"]
+    measured = {each["contender"]: each["rise"] for each in summary if each["task"] == "text"}
+    low, medium, high = (measured[f"d2o@{RATIOS[name]:g}"] for name in (MaxLoss.LOW, MaxLoss.MEDIUM, MaxLoss.HIGH))
+    assert low < medium < high
 
 
 def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:

@@ -41,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write_cases:
         write_cases(options.write_cases, cases)
         return 0
-    rows = _run_all(options, cases, entered, absolute)
+    others = _lines(options.peers) if options.peers else []
+    if others:
+        keys = {other["case"] for other in others}
+        cases = [case for case in cases if case.key in keys]
+        keys = {case.key for case in cases}
+        others = [other for other in others if other["case"] in keys]
+    rows = _run_all(options, cases, entered, absolute) + others
     halves = {f"{name} half": [each for each in rows if each["half"] in _HALVES[name]] for name in list(_HALVES)[:2]}
     asked = [each for each in rows if each["task"] in retrieval.TASKS]
     texts = [each for each in rows if each["task"] not in retrieval.TASKS]
@@ -67,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu", help="cpu or cuda: there the worker's kernels run")
     made.add_argument("--write-cases", type=Path, metavar="FILE", help="write the cases there, and run nothing")
     made.add_argument("--cases", type=Path, metavar="FILE", help="run those cases instead of making some")
+    made.add_argument("--peers", type=Path, metavar="FILE", help="rows of another project; only its cases are run")
     made.add_argument("--tasks", nargs="+", default=_DEFAULT_TASKS, help=", ".join(TASKS))
     made.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.4, 0.2, 0.1], help="of the prompt")
     made.add_argument("--budgets", type=int, nargs="+", default=[512], help="in slots, for the task long")
@@ -156,8 +163,12 @@ def _run_all(
 
 
 def _logged(log: Path, model: str) -> dict[tuple[str, str], Row]:
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = _lines(log) if log.exists() else []
     return {(row["case"], row["contender"]): row for row in rows if row["model"] == model}
+
+
+def _lines(log: Path) -> list[Row]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a request's ``max_loss`` stands for, from the cost of ratios (docs/quality.md: 0.4 and 0.2 were measured)."""
+"""What a request's ``max_loss`` stands for, from the cost of ratios (docs/quality.md, "What it costs")."""
 
 from __future__ import annotations
 
