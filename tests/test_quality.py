@@ -199,6 +199,8 @@ def test_a_run_that_is_started_again_goes_on_where_it_was(tmp_path: Path) -> Non
     beside = json.loads((tmp_path / "quality.json").read_text())["summary"]["all"]
     assert [(each["contender"], each["cases"]) for each in beside] == [("full", 2), ("h2o@0.3", 2), ("peer@0.3", 2)]
     assert beside[-1]["loss"] == 9
+    with pytest.raises(SystemExit, match="cases: got none of turns in choosing of the halves, needed is one"):
+        quality.main([*arguments, "--cases", str(kept), "--tasks", "turns", "--half", "choosing"])
     kept.write_text('[{"name": 3}]')
     with pytest.raises(ValueError, match=r"cases: .*cases\.json has none that --write-cases has written"):
         quality.main([*arguments, "--cases", str(kept)])

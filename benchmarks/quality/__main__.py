@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = [case for case in cases if case.key in keys]
         keys = {case.key for case in cases}
         others = [other for other in others if other["case"] in keys]
+    if not cases:
+        raise SystemExit(
+            f"cases: got none of {', '.join(options.tasks)} in {options.half} of the halves, needed is one"
+        )
     rows = _run_all(options, cases, entered, absolute) + others
     halves = {f"{name} half": [each for each in rows if each["half"] in _HALVES[name]] for name in list(_HALVES)[:2]}
     asked = [each for each in rows if each["task"] in retrieval.TASKS]
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     made = _cli.parser(str(__doc__))
     made.set_defaults(dtype="float32")
-    made.add_argument("--device", default="cpu", help="cpu or cuda: there the worker's kernels run")
+    made.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="on cuda the worker's kernels run")
     made.add_argument("--write-cases", type=Path, metavar="FILE", help="write the cases there, and run nothing")
     made.add_argument("--cases", type=Path, metavar="FILE", help="run those cases instead of making some")
     made.add_argument("--peers", type=Path, metavar="FILE", help="rows of another project; only its cases are run")

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.cases import Case, read_cases
+from benchmarks.quality.summary import Row, row
 from benchmarks.quality.texts import CHOOSING, CONFIRMING
+from benchmarks.quality.trace import Trace
 
 try:
     import kvpress  # type: ignore[import-not-found]
@@ -47,7 +49,8 @@ _NEEDS_WEIGHTS = {"kvpress-observed"}
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     chosen = list(_chosen(options))
-    known = {(row["case"], row["contender"]) for row in _rows(options.out)}
+    known = {(each["case"], each["contender"]) for each in _rows(options.out)}
+    peer = f"kvpress {version('kvpress')}, transformers {version('transformers')}, float32"
     hub_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     model.eval()
@@ -62,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 press, _, ratio = name.partition("@")
                 model.set_attn_implementation("eager" if press in _NEEDS_WEIGHTS else "sdpa")
                 found, kept = _logits(model, case, PRESSES[press](1 - float(ratio)))
-                file.write(json.dumps(_row(case, name, found, full, kept)) + "\n")
+                made = row(case, name, _trace(case, found, full, kept)) | {"model": peer}
+                file.write(json.dumps(made) + "\n")
                 model.set_attn_implementation("sdpa")
         print(f"peer_kvpress: {number + 1} of {len(chosen)} cases, {case.name}", file=sys.stderr, flush=True)
     return 0
@@ -114,29 +118,18 @@ def _held(cache: Any) -> float:
     return sum(lengths) / len(lengths)
 
 
-def _row(case: Case, contender: str, found: Tensor, full: Tensor, slots: float) -> dict[str, Any]:
-    """The figures as the benchmark logs them; see :func:`benchmarks.quality.summary.row`."""
+def _trace(case: Case, found: Tensor, full: Tensor, slots: float) -> Trace:
     known = torch.tensor(case.continuation)
     ours, theirs = torch.log_softmax(found, -1), torch.log_softmax(full, -1)
-    loss = -ours.gather(-1, known[:, None])[case.counts_from :, 0]
-    divergence = (theirs.exp() * (theirs - ours)).sum(-1)[case.counts_from :]
-    return {
-        "case": case.key,
-        "task": case.task,
-        "kind": case.kind,
-        "half": case.half,
-        "prompt_tokens": case.size,
-        "depth": case.depth,
-        "contender": contender,
-        "loss": float(loss.mean()),
-        "hit": bool((ours.argmax(-1) == known)[case.counts_from :].all()),
-        "divergence": float(divergence.mean()),
-        "slots": slots,
-        "model": f"kvpress {version('kvpress')}, transformers {version('transformers')}, float32",
-    }
+    return Trace(
+        loss=-ours.gather(-1, known[:, None])[:, 0],
+        hit=ours.argmax(-1) == known,
+        divergence=(theirs.exp() * (theirs - ours)).sum(-1),
+        slots=slots,
+    )
 
 
-def _rows(log: Path) -> list[dict[str, Any]]:
+def _rows(log: Path) -> list[Row]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 

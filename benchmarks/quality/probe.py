@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.quality.trace import Trace
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.memory import reserve
 from d2o_server.engine.messages import Submit, WorkerSettings
@@ -45,20 +46,6 @@ class Contender:
     config: D2OConfig
     scrambled: bool = False
     bits: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trace:
-    """What one contender made of one continuation; ``slots`` is what a layer held at the end, on average.
-
-    ``loss`` [tokens] float32 is the negative log-likelihood of each token in nats, ``hit`` [tokens] whether greedy
-    decoding would have chosen it, ``divergence`` [tokens] the KL in nats from the full cache's distribution.
-    """
-
-    loss: Tensor
-    hit: Tensor
-    divergence: Tensor
-    slots: float
 
 
 class Probe:

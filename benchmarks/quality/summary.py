@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.quality.cases import Case
-from benchmarks.quality.probe import Trace
+from benchmarks.quality.trace import Trace
 
 # Tasks without an answer that is right or wrong.
 _WITHOUT_HITS = ("text", "agreement", "long")

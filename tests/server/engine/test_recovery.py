@@ -257,8 +257,8 @@ async def test_the_request_that_kills_workers_ends_before_they_are_given_up(one:
         "3 workers in a row died while they ran the request and brought it no further",
     )
     await until_serving(worker)
-    # The first of the deaths came after progress; one before which the front did not hear of an admission is nobody's.
-    assert 3 <= worker.restarts - before < 8
+    # The first of the deaths came after progress.
+    assert worker.restarts - before in (3, 4)
     assert len(tokens(await events(one.submit(request(new=5), 10)))) == 5
 
 

@@ -1,0 +1,21 @@
+"""What was seen of a continuation, whoever decoded it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """What one contender made of one continuation; ``slots`` is what a layer held at the end, on average.
+
+    ``loss`` [tokens] float32 is the negative log-likelihood of each token in nats, ``hit`` [tokens] whether greedy
+    decoding would have chosen it, ``divergence`` [tokens] the KL in nats from the full cache's distribution.
+    """
+
+    loss: Tensor
+    hit: Tensor
+    divergence: Tensor
+    slots: float
