@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
+
 from d2o_client import NO_RETRY, AsyncClient, AsyncStream, Compression, Finished, Started
 
 _STOP_SECONDS = 30
@@ -32,6 +34,10 @@ class RunningServer:
 
     target: str
     pid: int
+
+    def workers(self) -> list[psutil.Process]:
+        """Its worker processes, which are forks of its template."""
+        return [worker for template in psutil.Process(self.pid).children() for worker in template.children()]
 
     def front_cpu_seconds(self) -> float:
         """Processor time that the front process has taken so far; its workers' is not in it."""

@@ -198,7 +198,7 @@ class Chaos:
                 await asyncio.sleep(0.02)
             while not any(worker.serving for worker in (await client.load()).workers):
                 await asyncio.sleep(0.05)
-            worker = self._dice.choice(self._front.children())
+            worker = self._dice.choice(self._server.workers())
             number = signal.SIGSTOP if self._dice.random() < options.stopped else signal.SIGKILL
             with suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)

@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks import _cli
 from benchmarks._memory import growth, watched_memory
 from benchmarks._server import RunningServer, server_process
@@ -97,7 +95,7 @@ def _measure(server: RunningServer, parsed: argparse.Namespace, seconds: int, *f
 
 
 def _worker_seconds(server: RunningServer) -> float:
-    times = [worker.cpu_times() for worker in psutil.Process(server.pid).children()]
+    times = [worker.cpu_times() for worker in server.workers()]
     return sum(time.user + time.system for time in times)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ import psutil
 
 PATIENCE = 60
 TINY = ("--model", "random:tiny-llama", "--device", "cpu", "--dtype", "float32", "--threads", "1", "--check-integrity")
+# Takes seconds to load, so that it can be caught at it.
+SLOW_TO_LOAD = (*TINY, "--model", "random:smollm2-135m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,26 @@ class ServerProcess:
         return self.process.wait(PATIENCE)
 
 
+def workers_of(front: int) -> list[psutil.Process]:
+    """The worker processes of a server; they are its template's children."""
+    try:
+        return [worker for template in psutil.Process(front).children() for worker in template.children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def worker_of(front: int) -> psutil.Process:
-    (worker,) = psutil.Process(front).children()
+    (worker,) = workers_of(front)
     return worker
+
+
+def starting(front: int, stage: str, count: int = 1) -> list[psutil.Process]:
+    """Processes of a server that starts, once there are so many: its ``template`` or its ``worker`` processes."""
+    deadline = time.monotonic() + PATIENCE
+    while len(found := psutil.Process(front).children() if stage == "template" else workers_of(front)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
 
 
 def spawn(flags: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from d2o_client import NO_RETRY, AsyncClient, AsyncStream, HealthStatus, InvalidArgumentError, Load
 from tests.e2e.conftest import Launch
-from tests.e2e.processes import PATIENCE, TINY, ServerProcess, end, spawn
+from tests.e2e.processes import PATIENCE, SLOW_TO_LOAD, TINY, ServerProcess, end, spawn, starting, workers_of
 
-PAGES = 300
+PAGES = 120
 TWO_WORKERS = (*TINY, "--device", "cpu", "--data-parallel", "2")
 # Three layers' pages of 32 slots: more than half of one worker's pool.
-MORE_THAN_HALF = 2000
+MORE_THAN_HALF = 800
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ async def test_the_streams_of_a_worker_that_dies_go_on_in_the_other(launch_serve
         streams = [stream(client, MORE_THAN_HALF) for _ in range(2)]
         await asyncio.gather(*map(anext, streams))
         await load_when(client, (1, 1))
-        psutil.Process(server.process.pid).children()[0].kill()
+        workers_of(server.process.pid)[0].kill()
         answers = await asyncio.gather(*(one.result() for one in streams))
         assert answers[0].token_ids == answers[1].token_ids
         assert sorted(answer.usage.resumed for answer in answers) == [0, 1]
@@ -74,15 +72,12 @@ async def test_the_streams_of_a_worker_that_dies_go_on_in_the_other(launch_serve
 
 def test_one_worker_that_does_not_start_stops_all(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = spawn((*TWO_WORKERS, "--port", "0"), log)
+    process = spawn((*SLOW_TO_LOAD, "--data-parallel", "2", "--port", "0"), log)
     try:
-        front, deadline = psutil.Process(process.pid), time.monotonic() + PATIENCE
-        while len(children := front.children()) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        children[1].kill()
+        first, second = starting(process.pid, "worker", 2)
+        second.kill()
         assert process.wait(PATIENCE) == 1
-        children[0].wait(5)
+        first.wait(5)
     finally:
         end(process)
     *_, last = log.read_text().splitlines()

@@ -7,12 +7,11 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from d2o_client import NO_RETRY, AsyncClient, HealthStatus, UnavailableError
 from tests.e2e.conftest import Launch
-from tests.e2e.processes import PATIENCE, TINY, end, spawn, worker_of
+from tests.e2e.processes import PATIENCE, SLOW_TO_LOAD, TINY, end, spawn, starting
 from tests.e2e.test_worker_death import health_when
 
 FLAGS = (*TINY, "--num-pages", "1000", "--drain-window", "0.7")
@@ -42,7 +41,7 @@ async def test_a_drain_cuts_no_stream(launch_server: Launch) -> None:
 async def test_a_drain_under_100_streams_cuts_none_and_ends_within_its_grace(launch_server: Launch) -> None:
     server = launch_server(*TINY, "--num-pages", "2000", "--drain-window", "0.5", "--drain-grace", "40")
     async with AsyncClient(server.target, retry=NO_RETRY) as client:
-        streams = [client.stream("x" * (1 + i), max_new_tokens=400, ignore_end_of_text=True) for i in range(100)]
+        streams = [client.stream("x" * (1 + i), max_new_tokens=200, ignore_end_of_text=True) for i in range(100)]
         await asyncio.gather(*map(anext, streams))
         server.process.send_signal(signal.SIGTERM)
         began = time.monotonic()
@@ -56,7 +55,7 @@ async def test_a_drain_under_100_streams_cuts_none_and_ends_within_its_grace(lau
             with pytest.raises(UnavailableError, match=r"^the server is shutting down$"):
                 await client.generate("z")
         for answer in await reading:
-            assert answer.usage.completion_tokens == len(answer.token_ids) == 400
+            assert answer.usage.completion_tokens == len(answer.token_ids) == 200
     assert server.process.wait(PATIENCE) == 0
     assert time.monotonic() - began < 0.5 + 40
 
@@ -72,17 +71,14 @@ async def test_a_drain_ends_after_its_grace(launch_server: Launch) -> None:
     assert server.process.wait(10) == 0
 
 
-def test_it_can_be_stopped_while_it_starts(tmp_path: Path) -> None:
-    front = spawn((*TINY, "--port", "0"), tmp_path / "log")
+@pytest.mark.parametrize("stage", ["template", "worker"])
+def test_it_can_be_stopped_while_it_starts(stage: str, tmp_path: Path) -> None:
+    front = spawn((*SLOW_TO_LOAD, "--port", "0"), tmp_path / "log")
     try:
-        deadline = time.monotonic() + PATIENCE
-        while not psutil.Process(front.pid).children():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        worker = worker_of(front.pid)
+        (process,) = starting(front.pid, stage)
         front.send_signal(signal.SIGTERM)
         assert front.wait(5) == 0
-        assert not worker.is_running()
+        assert not process.is_running()
     finally:
         end(front)
     assert "Traceback" not in (tmp_path / "log").read_text()

@@ -6,18 +6,19 @@ import asyncio
 import signal
 import time
 
-import psutil
 import pytest
 
 from d2o_client import NO_RETRY, AsyncClient, AsyncStream, HealthStatus, UnavailableError
 from tests.e2e.conftest import Launch
-from tests.e2e.processes import PATIENCE, TINY, ServerProcess, end, spawn, worker_of
+from tests.e2e.processes import PATIENCE, SLOW_TO_LOAD, TINY, ServerProcess, end, spawn, starting, workers_of
 
+# Seconds of tokens on a slow machine.
+TOKENS = 800
 FLAGS = (*TINY, "--num-pages", "1000", "--drain-window", "30")
 
 
 async def stream_that_runs(client: AsyncClient) -> AsyncStream:
-    stream = client.stream("x", max_new_tokens=3000, ignore_end_of_text=True)
+    stream = client.stream("x", max_new_tokens=TOKENS, ignore_end_of_text=True)
     await anext(stream)
     return stream
 
@@ -34,10 +35,10 @@ async def health_when(client: AsyncClient, wanted: HealthStatus, seconds: float 
 async def test_a_killed_worker_is_replaced_and_its_streams_go_on(launch_server: Launch) -> None:
     server = launch_server(*FLAGS)
     async with AsyncClient(server.target, retry=NO_RETRY) as client:
-        alone = await client.generate("x", max_new_tokens=3000, ignore_end_of_text=True)
+        alone = await client.generate("x", max_new_tokens=TOKENS, ignore_end_of_text=True)
         assert alone.usage.resumed == 0
         running = await stream_that_runs(client)
-        queued = asyncio.ensure_future(client.generate("y" * 3500, max_new_tokens=500))
+        queued = asyncio.ensure_future(client.generate("y" * 3500, max_new_tokens=100))
         await asyncio.sleep(0.05)
         server.worker().kill()
         await health_when(client, HealthStatus.NOT_SERVING, 1)
@@ -69,7 +70,7 @@ async def test_streams_are_not_cut_by_a_death_in_a_drain(launch_server: Launch) 
         server.worker().kill()
         assert await client.health() is HealthStatus.NOT_SERVING
         answer = await running.result()
-        assert (answer.usage.completion_tokens, answer.usage.resumed) == (3000, 1)
+        assert (answer.usage.completion_tokens, answer.usage.resumed) == (TOKENS, 1)
     assert server.process.wait(PATIENCE) == 0
 
 
@@ -86,9 +87,8 @@ async def test_a_server_without_workers_ends_and_says_why(launch_server: Launch)
 
 
 async def kill_the_next_worker(server: ServerProcess) -> None:
-    front = psutil.Process(server.process.pid)
     async with asyncio.timeout(5):
-        while not (started := front.children()):
+        while not (started := workers_of(server.process.pid)):
             await asyncio.sleep(0.01)
     started[0].kill()
 
@@ -104,15 +104,14 @@ async def test_a_worker_goes_with_its_front(launch_server: Launch) -> None:
     worker.wait(5)
 
 
-def test_a_worker_that_is_still_loading_goes_with_its_front(tmp_path_factory: pytest.TempPathFactory) -> None:
-    front = spawn((*TINY, "--port", "0"), tmp_path_factory.mktemp("server") / "log")
+@pytest.mark.parametrize("stage", ["template", "worker"])
+def test_a_worker_that_is_still_loading_goes_with_its_front(
+    stage: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    front = spawn((*SLOW_TO_LOAD, "--port", "0"), tmp_path_factory.mktemp("server") / "log")
     try:
-        deadline = time.monotonic() + PATIENCE
-        while not psutil.Process(front.pid).children():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        worker = worker_of(front.pid)
+        (process,) = starting(front.pid, stage)
         front.kill()
-        worker.wait(8)
+        process.wait(5)
     finally:
         end(front)

@@ -103,7 +103,7 @@ def test_the_overload_benchmark_refuses_rightly_at_a_small_scale(tmp_path: Path)
         "8-32",
     )
     bounds = ("--max-sequences", "4", "--max-waiting", "4", "--max-wait", "2")
-    # Rates and memory of a few seconds prove nothing, a pool is still being touched: whether they held is not asked here.
+    # Rates and memory of a few seconds prove nothing: the pool is still being touched. Nobody asks here if they held.
     with suppress(SystemExit):
         overload.main([*short, *bounds, "--out", str(tmp_path)])
     result = json.loads((tmp_path / "overload.json").read_text())

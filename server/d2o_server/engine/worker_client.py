@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -37,6 +34,7 @@ from d2o_server.engine.observer import Observer
 from d2o_server.engine.pulse import Pulse, is_stopped, pulse_file
 from d2o_server.engine.supervision import Keeper, Restarts, Supervision, watch
 from d2o_server.engine.ticket import Ticket
+from d2o_server.engine.worker_process import WorkerProcess
 
 _log = logging.getLogger(__name__)
 _SECONDS_TO_STOP = 5.0
@@ -44,9 +42,6 @@ _SECONDS_TO_STOP = 5.0
 _SECONDS_TO_FIRST_BEAT = 300.0
 # How long what a process said before it died may still be on its way.
 _LAST_WORDS = 0.1
-
-# Large temporaries come from the heap and stay there: mapping and faulting them anew costs more than using them.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483648"}
 
 _STARTUP_ERRORS = {kind.__name__: kind for kind in (errors.StartupError, errors.ModelUnsupported, errors.SettingsError)}
 
@@ -57,7 +52,7 @@ class Worker:
     ``tickets`` are the requests that it has and that have not ended; ``pool`` is as of its last report, and None, as
     are ``ready`` and ``cache``, while no process serves. ``read_tokens`` and ``generated_tokens`` count over all of its
     lives, each of which has the pool of the first: what was admitted then must still fit. ``given_up`` says why it is
-    not started again. ``environment`` is added to what the process inherits; ``module`` is what it runs.
+    not started again. ``environment`` is added to what the process inherits; ``main`` of ``module`` is what it runs.
     """
 
     def __init__(
@@ -84,7 +79,7 @@ class Worker:
         self._ready_at: float | None = None
         self._device: str | None = None
         self._progress, self._environment, self._module = progress, dict(environment or {}), module
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: WorkerProcess | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._started: asyncio.Future[Ready] | None = None
@@ -97,7 +92,7 @@ class Worker:
     @property
     def pid(self) -> int | None:
         """The process's id, where there is one."""
-        return self._process.pid if self._process and self._process.returncode is None else None
+        return self._process.pid if self._process else None
 
     @property
     def free_pages(self) -> int:
@@ -197,11 +192,8 @@ class Worker:
             self._socket = None
 
     async def _live_on(self, socket: zmq.asyncio.Socket, address: str, started: asyncio.Future[Ready]) -> str:
-        command = (sys.executable, "-m", self._module, address, str(os.getpid()))
-        environment = _ENVIRONMENT | dict(os.environ) | self._environment
         pulse = Pulse(pulse_file(address), create=True)
-        process = await asyncio.create_subprocess_exec(*command, env=environment, start_new_session=True)
-        self._process = process
+        self._process = process = WorkerProcess(self._module, address, self._environment)
         watching = asyncio.create_task(self._watch(pulse))
         hearing = asyncio.create_task(self._hear(socket, started))
         died, stopping = asyncio.create_task(process.wait()), asyncio.create_task(self._stop.wait())
@@ -216,7 +208,8 @@ class Worker:
             elif died.done():
                 await asyncio.wait({hearing}, timeout=_LAST_WORDS)
         finally:
-            self._kill(process)
+            if process.status is None or self.settings.tensor_parallel > 1:
+                process.kill()
             status = await died
             for task in (hearing, stopping, watching):
                 task.cancel()
@@ -224,12 +217,6 @@ class Worker:
             pulse.close()
         ended = await _how_it_ended(hearing, status)
         return ended if watching.cancelled() else f"killed, because {watching.result()}"
-
-    def _kill(self, process: asyncio.subprocess.Process) -> None:
-        """Ends the process and those that it has started, which may not notice by themselves: they may be stopped."""
-        if process.returncode is None or self.settings.tensor_parallel > 1:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
 
     async def _watch(self, pulse: Pulse) -> str:
         def timeout() -> float:

@@ -11,9 +11,12 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 from d2o_server.telemetry import logs
 
+MODULE = "d2o_server.worker.process"
 _ORPHAN_POLL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
@@ -21,8 +24,9 @@ _log = logging.getLogger(__name__)
 def main() -> None:
     """Entry point of the process: ``python -m d2o_server.worker.process ADDRESS PARENT [RANK]``.
 
-    ``RANK`` 0, the default, is started by the front; the others by rank 0.
+    ``RANK`` 0, the default, is forked from a template (:mod:`d2o_server.worker.template`); rank 0 starts the others.
     """
+    call_it("d2o-worker")
     address, parent, rank, *_ = (*sys.argv[1:], "0")
     logs.configure(os.environ.get("D2O_LOG_LEVEL", "INFO"), os.environ.get("D2O_LOG_FORMAT", "text"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -32,6 +36,12 @@ def main() -> None:
     from d2o_server.worker.serving import serve
 
     serve(address, int(rank))
+
+
+def call_it(name: str) -> None:
+    """Gives this process a name, of at most 15 characters, by which ``ps`` and ``top`` know it, where that can be."""
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
 
 
 def _end_with(parent: int) -> None:

@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 import zmq
 
 from d2o_server.engine.messages import WorkerSettings, encode
+from d2o_server.worker.process import MODULE
 from d2o_server.worker.ranks import Follower, Leader, Ranks
 
-_MODULE = "d2o_server.worker.process"
 _SECONDS_TO_STOP = 2.0
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _start(socket: zmq.Socket[bytes], address: str, number: int, settings: Worke
     socket.setsockopt(zmq.LINGER, 0)
     socket.set_hwm(0)
     socket.bind(address)
-    process = subprocess.Popen([sys.executable, "-m", _MODULE, address, str(os.getpid()), str(number)])
+    process = subprocess.Popen([sys.executable, "-m", MODULE, address, str(os.getpid()), str(number)])
     threading.Thread(target=_end_with, args=(process, number), daemon=True).start()
     socket.send(encode(settings))
     return process

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from d2o_server.engine.messages import StepReport
+from d2o_server.worker import process
 from d2o_server.worker.core import WorkerCore
-from d2o_server.worker.process import main
 
 MOOD = "D2O_TEST_MOOD"
 _step = WorkerCore.step
@@ -31,8 +31,12 @@ def step(core: WorkerCore) -> StepReport:
     return _step(core)
 
 
-if __name__ == "__main__":
+def main() -> None:
     if mood() == "refuse":
         raise SystemExit(4)
     WorkerCore.step = step  # type: ignore[method-assign, assignment]
+    process.main()
+
+
+if __name__ == "__main__":
     main()
