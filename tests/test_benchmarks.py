@@ -20,6 +20,7 @@ from benchmarks import (
     front_model,
     observed,
     plot,
+    restart,
     throughput,
 )
 from benchmarks._load import Load, Outcome
@@ -335,3 +336,14 @@ def test_observed_runs_with_everything_off_and_on(tmp_path: Path) -> None:
     # A call, its queue, prefill and decode.
     assert (on["observed"], on["spans"], on["tokens"]) == (True, 4 * 3, 15)
     assert result["observed_over_not"]["tokens_per_second"] == on["tokens_per_second"] / off["tokens_per_second"]
+
+
+def test_restart_finds_the_stream_whole_and_the_server_back(tmp_path: Path) -> None:
+    tiny = ("--model", "random:tiny-llama", "--dtype", "float32", "--threads", "1")
+    restart.main([*tiny, "--repeats", "1", "--tokens", "40", "--settled", "0", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "restart.json").read_text())
+    (kill,) = result["kills"]
+    assert 0 < kill["serving_seconds"] < result["first_start_seconds"]
+    assert kill["next_token_seconds"] > 0
+    memory = result["memory_mib"]
+    assert memory["worker_own"] < memory["worker_resident"]
