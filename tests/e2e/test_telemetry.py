@@ -289,23 +289,24 @@ async def test_prompts_are_logged_only_where_that_was_asked_for(launch_server: L
     assert "status=OK" not in text
 
 
-async def test_a_worker_that_is_started_again_is_counted(launch_server: Launch) -> None:
+async def test_a_worker_that_is_started_again_and_a_stream_that_goes_on_are_counted(launch_server: Launch) -> None:
     port = free_port()
     server = launch_server(*TINY, "--num-pages", "60", "--metrics-port", str(port))
 
-    def restarts() -> str:
+    def counted(name: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
-            (line,) = [of for of in answer.read().decode().splitlines() if of.startswith("d2o_worker_restarts_total")]
+            (line,) = [of for of in answer.read().decode().splitlines() if of.startswith(f"d2o_{name}_total")]
             return str(line.split()[1])
 
-    assert restarts() == "0.0"
-    server.worker().kill()
-    wait_for(lambda: [1] if restarts() == "1.0" else [], 1)
+    assert (counted("worker_restarts"), counted("resumptions")) == ("0.0", "0.0")
     async with AsyncClient(server.target, retry=NO_RETRY) as client:
-        async with asyncio.timeout(PATIENCE):
-            while not (load := await client.load()).workers[0].serving:
-                await asyncio.sleep(0.05)
-    assert load.workers[0].restarts == 1
+        stream = client.stream("x", max_new_tokens=200, ignore_end_of_text=True)
+        await anext(stream)
+        server.worker().kill()
+        wait_for(lambda: [1] if counted("worker_restarts") == "1.0" else [], 1)
+        assert (await stream.result()).usage.resumed == 1
+        assert (await client.load()).workers[0].restarts == 1
+    wait_for(lambda: [1] if counted("resumptions") == "1.0" else [], 1)
 
 
 def test_a_metrics_port_that_is_taken_is_one_line_at_once(tmp_path: Path) -> None:

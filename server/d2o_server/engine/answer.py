@@ -81,6 +81,7 @@ class Answer:
             reason=finish.reason if finish else None,
             cache=finish.cache if finish else None,
             auto=None if self._ticket.admission is None else self._ticket.admission.auto,
+            resumed=self._ticket.resumed,
         )
 
     def _started(self, admitted: Admitted) -> Started:

@@ -13,7 +13,7 @@ class Timeline:
 
     Times are readings of ``time.monotonic``; ``admitted`` and ``first_token`` are None where it did not come so far.
     ``reason`` (a FinishReason) and ``cache`` are None where it was cancelled or failed; ``auto`` (an AutoOutcome) where
-    its policy was not chosen for it.
+    its policy was not chosen for it. ``resumed``: how often it went on after the worker that ran it had died.
     """
 
     generation_id: str
@@ -26,6 +26,7 @@ class Timeline:
     reason: str | None
     cache: CacheFacts | None
     auto: str | None = None
+    resumed: int = 0
 
 
 class Observer:

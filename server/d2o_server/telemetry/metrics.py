@@ -67,6 +67,7 @@ class Metrics:
         self._rejections = self._counter("rejections", "Calls refused before they ran.", "reason")
         self._auto = self._counter("auto_choices", "Requests in compression auto, by what became of them.", "outcome")
         self._cancellations = self._counter("cancellations", "Calls that their caller cancelled.")
+        self._resumed = self._counter("resumptions", "Times that a stream went on after its worker had died.")
         self._restarts = self._counter("worker_restarts", "Workers that died and were started again.")
         fates = self._counter(
             "cache_tokens", "What became of finished requests' tokens in an average layer and head.", "fate"
@@ -99,6 +100,7 @@ class Metrics:
 
     def ended(self, timeline: Timeline) -> None:
         """Counts a generation that is over."""
+        self._resumed.inc(timeline.resumed)
         if timeline.auto is not None:
             self._auto.labels(outcome=timeline.auto).inc()
         if timeline.cache is None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +19,7 @@ from d2o_server.worker import hf_attention
 from d2o_server.worker.cache_ops import TorchCacheOps
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.host_memory import available_bytes
 from d2o_server.worker.loader import keep_part, load_model, weight_bytes
 from d2o_server.worker.pool_plan import PoolPlan
 from d2o_server.worker.ranks import Ranks
@@ -120,13 +119,5 @@ def _kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], Non
 
 
 def _affordable_pages(plan: PoolPlan) -> int:
-    """Pages that fit into the share of available memory that the settings allow."""
-    return min(int(_available_bytes() * plan.settings.memory_fraction), _MOST_CPU_POOL_BYTES) // plan.page_bytes
-
-
-def _available_bytes() -> int:
-    """Memory that can be had without swapping, the page cache included."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Pages that fit into the share of available memory that the settings allow; a container's limit counts."""
+    return min(int(available_bytes() * plan.settings.memory_fraction), _MOST_CPU_POOL_BYTES) // plan.page_bytes
