@@ -26,7 +26,7 @@ class Load:
     """Requests ``first`` to ``first + requests``, submitted at once and read greedily to exactly ``new_tokens`` tokens.
 
     Prompts are drawn evenly from the vocabulary less ``excluded``; a request's depends on ``seed`` and its number only.
-    ``compression`` has the client's arguments.
+    ``compression`` has the client's arguments; ``api_key`` goes with every call.
     """
 
     target: str
@@ -38,6 +38,7 @@ class Load:
     excluded: tuple[int, ...] = ()
     seed: int = 0
     first: int = 0
+    api_key: str | None = None
 
     def prompts(self) -> list[list[int]]:
         """The requests' token ids."""
@@ -161,7 +162,7 @@ def main() -> None:
 
 async def _replies(load: Load) -> list[Outcome]:
     prompts = load.prompts()
-    async with open_client(load.target) as client:
+    async with open_client(load.target, load.api_key) as client:
         await client.model_info()
         requests = ClosedSet(client, prompts, new_tokens=load.new_tokens, compression=Compression(**load.compression))
         sys.stdout.buffer.write(_READY)

@@ -107,9 +107,9 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.stdout.close()
 
 
-def open_client(target: str) -> AsyncClient:
+def open_client(target: str, api_key: str | None = None) -> AsyncClient:
     """A client that waits as long as it takes and never sends a request twice."""
-    return AsyncClient(target, timeout=None, retry=NO_RETRY)
+    return AsyncClient(target, timeout=None, retry=NO_RETRY, api_key=api_key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

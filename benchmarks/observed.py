@@ -1,9 +1,9 @@
-"""What do metrics and traces cost: how much of the rate through gRPC is left with all of them on?
+"""What do keys, metrics and traces cost: how much of the rate through gRPC is left with all of them on?
 
 As ``front``: the real engine and RPC server run in this process over a worker that replays steps, and a client process
-reads the streams. Each round runs a load with everything off and with everything on (metrics that are scraped every
-second, spans sent over OTLP to a process of their own, access lines as JSON), in turn and turned around, so that drift
-cancels. Writes ``observed.json`` with every run and the ratio of the medians.
+reads the streams. Each round runs a load with everything off and with everything on (an API key with limits, metrics
+that are scraped every second, spans sent over OTLP to a process of their own, access lines as JSON), in turn and turned
+around, so that drift cancels. Writes ``observed.json`` with every run and the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -38,6 +39,7 @@ from benchmarks._server import child_environment
 from benchmarks._serving import FULL_CACHE
 from benchmarks.front import replaying_engine
 from d2o_server.app import calm_garbage_collector
+from d2o_server.rpc.api_keys import new_key
 from d2o_server.rpc.interceptors import current_ids
 from d2o_server.rpc.server import RpcServer, RpcSettings
 from d2o_server.settings import TelemetrySettings
@@ -152,18 +154,27 @@ def _access_log() -> Iterator[None]:
             log.setLevel(logging.WARNING)
 
 
+def _with_key(folder: Path, streams: int) -> tuple[str, RpcSettings]:
+    """A key, and settings that ask for it and hold its owner to limits that the load just keeps."""
+    key, stored = new_key("load", rate=1000 * streams, streams=streams, pages=10**9)
+    file = folder / "keys"
+    file.write_text(stored.line() + "\n")
+    return key, RpcSettings(port=0, api_keys=file)
+
+
 async def measure(streams: int, tokens: int, step_seconds: float, *, observed: bool) -> Run:
     """One load on an engine and a server of its own."""
     async with AsyncExitStack() as scope:
-        telemetry, watcher = None, None
+        telemetry, watcher, key, settings_of_rpc = None, None, None, RpcSettings(port=0)
         if observed:
+            key, settings_of_rpc = _with_key(Path(scope.enter_context(tempfile.TemporaryDirectory())), streams)
             watcher, port = await _Watcher.start(), _free_port()
             settings = TelemetrySettings(metrics_port=port, trace=f"http://{_HOST}:{await watcher.port()}")
             telemetry = Telemetry(settings, _HOST, "0")
             scope.push_async_callback(telemetry.close)
             scope.enter_context(_access_log())
         engine = await scope.enter_async_context(replaying_engine(streams, step_seconds, telemetry))
-        server = RpcServer(engine, RpcSettings(port=0), telemetry, telemetry.interceptors if telemetry else ())
+        server = RpcServer(engine, settings_of_rpc, telemetry, telemetry.interceptors if telemetry else ())
         load = Load(
             target=f"{_HOST}:{await server.start()}",
             requests=streams,
@@ -171,6 +182,7 @@ async def measure(streams: int, tokens: int, step_seconds: float, *, observed: b
             new_tokens=tokens,
             compression=FULL_CACHE,
             vocabulary_size=_VOCABULARY,
+            api_key=key,
         )
         if telemetry is not None and watcher is not None:
             telemetry.attach(engine)
@@ -229,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "runs": [asdict(one) for one in runs],
     }
     path = _cli.write_json(parsed.out, "observed", result)
-    head = ("metrics and traces", "seconds", "tokens/s", "messages/s", "CPU us/token", "spans", "scrapes")
+    head = ("all of it", "seconds", "tokens/s", "messages/s", "CPU us/token", "spans", "scrapes")
     rows = [("on" if one.observed else "off", *list(asdict(one).values())[2:]) for one in runs]
     _cli.print_table(head, rows)
     rate, busy = ratios.values()
