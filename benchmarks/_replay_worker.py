@@ -106,7 +106,16 @@ def _serve(socket: zmq.Socket[bytes]) -> None:
     decode_settings(socket.recv())
     worker, pause = ReplayWorker(int(os.environ["REPLAY_STREAMS"])), float(os.environ["REPLAY_STEP_SECONDS"])
     socket.send(
-        encode(Ready(shape=_SHAPE, page_size=64, page_bytes=1, pool=worker.pool(), max_model_len=_SHAPE.max_positions))
+        encode(
+            Ready(
+                shape=_SHAPE,
+                page_size=64,
+                page_bytes=1,
+                pool=worker.pool(),
+                max_model_len=_SHAPE.max_positions,
+                dtype="bfloat16",
+            )
+        )
     )
     due = time.monotonic()
     while True:

@@ -67,7 +67,6 @@ async def replaying_engine(
     await worker.start()
     engine = LocalEngine(
         model="replay",
-        dtype="bfloat16",
         codec=Tokenizer.built_in(_VOCABULARY),
         dispatcher=Dispatcher([worker], max_waiting=streams, max_waiting_tokens=streams * _PROMPT_TOKENS),
         defaults=EngineDefaults(),

@@ -58,7 +58,6 @@ async def running_engine(
         )
         engine = LocalEngine(
             model=settings.worker.model,
-            dtype=settings.worker.dtype,
             codec=codec,
             dispatcher=dispatcher,
             defaults=EngineDefaults(

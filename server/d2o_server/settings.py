@@ -29,6 +29,7 @@ _OTHER_NAMES = {"metrics_port": "D2O_METRICS_PORT"}
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _LOG_FORMATS = ("text", "json")
 _TRACE_ENDPOINT = re.compile(r"https?://[^/\s:]+(:[0-9]+)?/?|https?://\[[0-9a-fA-F:]+\](:[0-9]+)?/?")
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 
 
@@ -137,7 +138,7 @@ def worker_settings(**changes: object) -> WorkerSettings:
     """
     values: dict[str, object] = {
         "model": DEFAULT_MODEL,
-        "dtype": "bfloat16",
+        "dtype": "auto",
         "device": "auto",
         "index": 0,
         "tensor_parallel": 1,
@@ -172,8 +173,8 @@ def worker_settings(**changes: object) -> WorkerSettings:
     for name in ("memory_fraction", "gpu_memory_utilization"):
         if not 0 < getattr(settings, name) <= 1:
             raise SettingsError(f"{name}: got {getattr(settings, name)}, allowed is (0, 1]")
-    if settings.dtype not in ("bfloat16", "float16", "float32"):
-        raise SettingsError(f"dtype: got {settings.dtype!r}, allowed is bfloat16, float16 or float32")
+    if settings.dtype not in _DTYPES:
+        raise SettingsError(f"dtype: got {settings.dtype!r}, allowed is auto, bfloat16, float16 or float32")
     return settings
 
 
@@ -320,7 +321,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
         help="a preset, a Hugging Face folder, a GGUF file, a hub id, or random:PRESET",
     )
     model.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of model and cache"
+        "--dtype", default="auto", choices=_DTYPES, help="of model and cache; auto: bfloat16 where that is quick"
     )
     model.add_argument("--page-size", type=int, default=32, help="slots a cache page")
     model.add_argument("--num-pages", type=int, help="pages in a worker's pool; default: what its memory affords")

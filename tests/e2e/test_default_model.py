@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from d2o_client import AsyncClient
+from d2o_server.worker.dtype import choose_dtype, dtype_name
 from tests.e2e.conftest import Launch
 from tests.e2e.processes import PATIENCE, ServerProcess
 
@@ -18,7 +20,7 @@ QUESTION = "What is the capital of France?"
 
 @pytest.fixture(scope="module")
 def default_server(launch_for_module: Launch) -> ServerProcess:
-    return launch_for_module("--num-pages", "3000")
+    return launch_for_module("--device", "cpu", "--num-pages", "3000")
 
 
 def d2o(server: ServerProcess, *arguments: str) -> str:
@@ -33,9 +35,12 @@ def test_the_capital_of_france(default_server: ServerProcess) -> None:
     assert "Paris" in d2o(default_server, "generate", QUESTION)
 
 
-def test_the_default_is_the_small_model_in_bfloat16_with_d2o(default_server: ServerProcess) -> None:
+def test_the_default_is_the_small_model_in_the_processor_s_type_with_d2o(
+    default_server: ServerProcess,
+) -> None:
     info = json.loads(d2o(default_server, "info", "--json"))
-    assert (info["model"], info["dtype"]) == ("smollm2-135m-instruct", "bfloat16")
+    dtype = dtype_name(choose_dtype("auto", torch.device("cpu")))
+    assert (info["model"], info["dtype"]) == ("smollm2-135m-instruct", dtype)
     assert info["default_compression"]["policy"] == "d2o"
 
 

@@ -21,7 +21,7 @@ def test_the_defaults_serve_the_default_model_on_the_loopback_address() -> None:
     settings = read()
     assert (settings.worker.model, settings.worker.dtype, settings.worker.device) == (
         "smollm2-135m-instruct",
-        "bfloat16",
+        "auto",
         "auto",
     )
     assert (settings.worker.prefill_tokens, settings.worker.gpu_memory_utilization) == (None, 0.9)
@@ -129,7 +129,7 @@ def test_a_value_out_of_bounds_is_named_with_what_is_allowed(flags: str, message
 
 @pytest.mark.parametrize(
     ("name", "allowed"),
-    [("COMPRESSION", "none, d2o, h2o"), ("DTYPE", "bfloat16, float16, float32"), ("REFLECTION", "true or false")],
+    [("COMPRESSION", "none, d2o, h2o"), ("DTYPE", "auto, bfloat16, float16, float32"), ("REFLECTION", "true or false")],
 )
 def test_a_variable_is_held_to_its_flag_s_choices(name: str, allowed: str) -> None:
     with pytest.raises(SettingsError, match=f"^D2O_SERVE_{name}: got 'nonsense', allowed is {allowed}"):

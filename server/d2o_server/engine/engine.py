@@ -37,7 +37,6 @@ class LocalEngine:
         self,
         *,
         model: str,
-        dtype: str,
         codec: TextCodec,
         dispatcher: Dispatcher,
         defaults: EngineDefaults,
@@ -47,7 +46,7 @@ class LocalEngine:
         ready = _smallest([worker.ready for worker in dispatcher.workers])
         self._codec, self._dispatcher, self._observer = codec, dispatcher, observer or Observer()
         shape = CacheShape(windows=ready.shape.windows, page_size=ready.page_size)
-        self._info = _describe(ready, shape, codec, defaults, model=model, dtype=dtype, version=version)
+        self._info = _describe(ready, shape, codec, defaults, model=model, version=version)
         self._admission = Admission(codec, self._info, shape, defaults)
         self._draining = False
         self._active = 0
@@ -174,13 +173,13 @@ def _smallest(ready: Sequence[Ready | None]) -> Ready:
 
 
 def _describe(
-    ready: Ready, cache: CacheShape, codec: TextCodec, defaults: EngineDefaults, *, model: str, dtype: str, version: str
+    ready: Ready, cache: CacheShape, codec: TextCodec, defaults: EngineDefaults, *, model: str, version: str
 ) -> ModelInfo:
     shape = ready.shape
     return ModelInfo(
         model=model,
         architecture=shape.architecture,
-        dtype=dtype,
+        dtype=ready.dtype,
         layers=shape.layers,
         compressible_layers=cache.full_layers,
         query_heads=shape.query_heads,

@@ -15,8 +15,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """All that a worker needs to start.
 
     ``index`` is the worker's number: on ``auto`` and ``cuda`` it takes the GPU of that number, and the
-    ``tensor_parallel`` ranks of a worker those from ``index * tensor_parallel`` on. ``prefill_tokens`` None
-    and ``compile_cache`` None leave the choice to the worker. ``memory_fraction`` counts on a CPU only;
+    ``tensor_parallel`` ranks of a worker those from ``index * tensor_parallel`` on. ``prefill_tokens`` None,
+    ``compile_cache`` None and ``dtype`` auto leave the choice to the worker. ``memory_fraction`` counts on a CPU only;
     ``gpu_memory_utilization``, ``graphs``, ``compile`` and ``compile_cache`` on a GPU only.
     """
 
@@ -124,6 +124,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     page_bytes: int
     pool: PoolState
     max_model_len: int
+    dtype: str
     device: str = "cpu"
 
 

@@ -51,8 +51,8 @@ class Worker:
 
     ``tickets`` are the requests that it has and that have not ended; ``pool`` is as of its last report, and None, as
     are ``ready`` and ``cache``, while no process serves. ``read_tokens`` and ``generated_tokens`` count over all of its
-    lives, each of which has the pool of the first: what was admitted then must still fit. ``given_up`` says why it is
-    not started again. ``environment`` is added to what the process inherits; ``main`` of ``module`` is what it runs.
+    lives, each of which has pool and type of the first: what was admitted then must still fit. ``given_up`` says why
+    it is not started again. ``environment`` is added to what the process inherits; ``module`` is what it runs.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Worker:
     def _begin(self, ready: Ready) -> None:
         self.ready, self.pool = ready, ready.pool
         self._ready_at, self._device = time.monotonic(), ready.device
-        self.settings = msgspec.structs.replace(self.settings, num_pages=ready.pool.total)
+        self.settings = msgspec.structs.replace(self.settings, num_pages=ready.pool.total, dtype=ready.dtype)
         if self.keeper is not None:
             self.keeper.worker_ready(self)
 

@@ -19,6 +19,7 @@ from d2o_server.worker import hf_attention
 from d2o_server.worker.cache_ops import TorchCacheOps
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.dtype import choose_dtype, dtype_name
 from d2o_server.worker.host_memory import available_bytes
 from d2o_server.worker.loader import keep_part, load_model, weight_bytes
 from d2o_server.worker.pool_plan import PoolPlan
@@ -26,7 +27,6 @@ from d2o_server.worker.ranks import Ranks
 from d2o_server.worker.torch_runner import TorchRunner
 from d2o_server.worker.warm_up import warm_up
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MOST_CPU_POOL_BYTES = 4 << 30
 _CPU_PREFILL_TOKENS = 512
 
@@ -54,11 +54,11 @@ def build_worker(settings: WorkerSettings, progress: Callable[[str], None], rank
     torch.set_num_threads(settings.threads)
     hf_attention.register()
     ranks = ranks or Ranks()
-    dtype = _DTYPES[settings.dtype]
     with ranks.together():
         device = _device(settings)
+        dtype = choose_dtype(settings.dtype, device)
         source = resolve(settings.model, report=progress)
-        progress(f"loading {settings.model} as {settings.dtype} on {device}")
+        progress(f"loading {settings.model} as {dtype_name(dtype)} on {device}")
         # Random weights are the same on every rank only where all draw them whole; a checkpoint may not fit one GPU.
         place = device if ranks.count == 1 or source.preset is not None else torch.device("cpu")
         model = load_model(source, dtype=dtype, device=place, attn_implementation=hf_attention.ATTENTION_NAME)

@@ -26,6 +26,7 @@ from d2o_server.engine.pulse import keep_beating, pulse_file
 from d2o_server.errors import StartupError
 from d2o_server.worker.build import build_worker
 from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.dtype import dtype_name
 from d2o_server.worker.rank_processes import ranks_of
 from d2o_server.worker.ranks import Ranks
 
@@ -114,13 +115,15 @@ def _start(say: Callable[[FromWorker], None], settings: WorkerSettings, ranks: R
         _log.exception("the worker could not start")
         say(Refused("StartupError", f"the worker could not start: {type(error).__name__}: {error}"))
         return None
+    pool = worker.core.runner.caches.pool
     ready = Ready(
         shape=worker.shape,
         page_size=settings.page_size,
         page_bytes=worker.page_bytes,
         pool=worker.core.pool_state(),
         max_model_len=worker.max_model_len,
-        device=str(worker.core.runner.caches.pool.device),
+        device=str(pool.device),
+        dtype=dtype_name(pool.k.dtype),
     )
     say(ready)
     return worker.core

@@ -7,9 +7,9 @@ Threads and what is known of a GPU do not survive a fork: until then this proces
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
+import runpy
 import selectors
 import signal
 import socket
@@ -20,14 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from d2o_server.worker.process import call_it
+from d2o_server.worker import process
 
 _ORPHAN_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """A worker to be: it runs ``main`` of ``module``, and the front is at ``address``."""
+    """A worker to be: it runs ``module`` as ``python -m`` does, and the front is at ``address``."""
 
     module: str
     address: str
@@ -174,7 +174,10 @@ def _become(order: Order, parent: int) -> None:
     # Should a library have looked for a GPU while it was imported, this process could not use one.
     if torch.cuda._is_in_bad_fork():
         os.execv(sys.executable, [sys.executable, "-m", *sys.argv])  # noqa: S606
-    importlib.import_module(order.module).main()
+    if order.module == process.MODULE:
+        process.main()
+    else:
+        runpy.run_module(order.module, run_name="__main__", alter_sys=True)
 
 
 def main() -> None:
@@ -186,7 +189,7 @@ def main() -> None:
     os.set_inheritable(control, False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    call_it("d2o-template")
+    process.call_it("d2o-template")
     with _ending_with(parent):
         import d2o_server.worker.serving  # noqa: F401
     # What is here now stays: a worker whose collector walked over it would have a copy of its own.
