@@ -15,6 +15,7 @@ from benchmarks import (
     baseline_cpu,
     concurrency,
     concurrency_gpu,
+    dtype_cpu,
     equal_pool,
     front,
     front_model,
@@ -347,3 +348,12 @@ def test_restart_finds_the_stream_whole_and_the_server_back(tmp_path: Path) -> N
     assert kill["next_token_seconds"] > 0
     memory = result["memory_mib"]
     assert memory["worker_own"] < memory["worker_resident"]
+
+
+def test_types_on_a_cpu_are_compared_with_what_auto_chooses(tmp_path: Path) -> None:
+    sizes = ("--requests", "2", "--prompt-tokens", "20", "--new-tokens", "5", "--repeats", "1", "--threads", "1")
+    dtype_cpu.main(["--model", "random:tiny-llama", *sizes, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "dtype_cpu.json").read_text())
+    assert result["auto"] in result["medians"]
+    for name, ratio in result["bfloat16_over_float32"].items():
+        assert ratio == result["medians"]["bfloat16"][name] / result["medians"]["float32"][name] > 0
