@@ -2,9 +2,10 @@
 
 Half of the messages are made by hypothesis, field by field, with values in and out of bounds; half are messages of that
 kind whose bytes were then damaged. A share of the calls carries no key or a wrong one, ends early by its deadline, or
-is cancelled. Writes ``fuzz.json``: statuses by count, memory of the server's processes before and after, pages,
-requests and restarts at the end. Exits with status 1 where a call ended in a status that a caller cannot be at fault
-for, a process died, or anything is still held.
+is cancelled. All are sent ``--rounds`` times: what a message leaves behind would show after every round alike, what
+fills up once would not. Writes ``fuzz.json``: statuses by count, memory of the server's processes after each round,
+pages, requests and restarts at the end. Exits with status 1 where a call ended in a status that a caller cannot be at
+fault for, a process died, anything is still held, or memory grew in the last round.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ _MESSAGES = {
 }
 _STREAMED = frozenset({"StreamGenerateText"})
 _CONCURRENT = 16
-# Allocators and caches fill up with the first calls; growth is counted from there.
-_WARM_UP = 0.2
+# A message that leaves a hundred bytes behind is two of them in 20,000.
+_FLAT_MEBIBYTES = 2.0
 _SECONDS_TO_IDLE = 10.0
 _FLAGS = ("--device", "cpu", "--check-integrity", "--num-pages", "400", "--max-model-len", "512")
 _LIMITS = ("--max-new-tokens", "8", "--max-waiting", "8")
@@ -262,21 +263,19 @@ def memory(server: RunningServer) -> dict[str, float]:
     }
 
 
-def fuzz(server: RunningServer, calls: Sequence[Call], key: str) -> dict[str, Any]:
-    """Sends all calls and says what became of them and of the server."""
-    warm_up = int(len(calls) * _WARM_UP)
-    began = time.monotonic()
-    statuses = asyncio.run(send_all(server.target, calls[:warm_up]))
-    asyncio.run(load_when_idle(server.target, key))
-    before = memory(server)
-    statuses += asyncio.run(send_all(server.target, calls[warm_up:]))
-    seconds = time.monotonic() - began
-    load = asyncio.run(load_when_idle(server.target, key))
+def fuzz(server: RunningServer, calls: Sequence[Call], key: str, rounds: int) -> dict[str, Any]:
+    """Sends all calls so often and says what became of them and of the server."""
+    statuses: Counter[grpc.StatusCode] = Counter()
+    began, used = time.monotonic(), []
+    for _ in range(rounds):
+        statuses += asyncio.run(send_all(server.target, calls))
+        load = asyncio.run(load_when_idle(server.target, key))
+        used.append(memory(server))
     return {
-        "messages": len(calls),
-        "seconds": seconds,
+        "messages": len(calls) * rounds,
+        "seconds": time.monotonic() - began,
         "statuses": {code.name: count for code, count in statuses.most_common()},
-        "memory_mib": {"after_warm_up": before, "at_the_end": memory(server)},
+        "memory_mib": used,
         "at_the_end": {
             name: getattr(load, name)
             for name in ("pages_total", "pages_free", "pages_used", "pages_reserved", "running", "waiting")
@@ -295,13 +294,17 @@ def faults(result: dict[str, Any]) -> list[str]:
         found.append(f"workers died {result['worker_restarts']} times")
     if sum(result["statuses"].values()) != result["messages"]:
         found.append("a call has no status")
+    if len(used := result["memory_mib"]) > 2:
+        growth = {name: used[-1][name] - used[-2][name] for name in used[-1]}
+        found += [f"{name}: {mib:.1f} MiB more" for name, mib in growth.items() if mib > _FLAT_MEBIBYTES]
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the fuzz; returns 1 where it found something."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--messages", type=int, default=20_000, help="in all, half of them damaged")
+    parser.add_argument("--messages", type=int, default=20_000, help="different ones, half of them damaged")
+    parser.add_argument("--rounds", type=int, default=5, help="in which all of them are sent")
     parser.add_argument("--model", default="random:tiny-llama", help="as d2o-serve takes it")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model")
     parser.add_argument("--seed", type=int, default=1, help="of the messages and of what is done to them")
@@ -314,14 +317,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keys.write_text(stored.line() + "\n")
         model = ("--model", parsed.model, "--dtype", "float32", "--threads", str(parsed.threads))
         with server_process(*model, *_FLAGS, *_LIMITS, "--api-keys", str(keys)) as server:
-            result = fuzz(server, calls, key)
+            result = fuzz(server, calls, key, parsed.rounds)
     found = faults(result)
     result |= {"seed": parsed.seed, "model": parsed.model, "faults": found}
     path = _cli.write_json(parsed.out, "fuzz", result)
     _cli.print_table(("status", "calls"), list(result["statuses"].items()))
-    before, after = result["memory_mib"]["after_warm_up"], result["memory_mib"]["at_the_end"]
+    rounds = result["memory_mib"]
     _cli.print_table(
-        ("memory, MiB", "after a fifth", "at the end"), [(name, before[name], after[name]) for name in before]
+        ("memory, MiB", *(f"round {number}" for number in range(1, 1 + len(rounds)))),
+        [(name, *(each[name] for each in rounds)) for name in rounds[0]],
     )
     print(f"{result['messages']} messages in {result['seconds']:.0f} s; at the end {result['at_the_end']}; {path}")
     print("\n".join(["faults:", *found]) if found else "no faults")
