@@ -156,7 +156,7 @@ def _access_log() -> Iterator[None]:
 
 def _with_key(folder: Path, streams: int) -> tuple[str, RpcSettings]:
     """A key, and settings that ask for it and hold its owner to limits that the load just keeps."""
-    key, stored = new_key("load", rate=1000 * streams, streams=streams, pages=10**9)
+    key, stored = new_key("load", rate=1000 * streams, streams=streams, pages=10**9 - 1)
     file = folder / "keys"
     file.write_text(stored.line() + "\n")
     return key, RpcSettings(port=0, api_keys=file)

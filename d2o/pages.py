@@ -6,12 +6,23 @@ different numbers of slots, so every (layer, row) has its own block table; a row
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
 
 class PoolExhausted(RuntimeError):
     """More pages were asked for than are free: a reservation was not honoured."""
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros. On a CPU memory is taken only as it is written, so that gigabytes of pages are there at once."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class PagePool:
@@ -54,11 +65,11 @@ class PagePool:
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
         self.page_size, self.num_pages = page_size, num_pages
         slots = (num_pages + mirrored, kv_heads, page_size)
-        self.k = torch.zeros(*slots, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
-        self.score = torch.zeros(slots, dtype=torch.float32, device=device)
-        self.position = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.bias = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.k = _zeros((*slots, head_dim), dtype, device)
+        self.v = _zeros((*slots, head_dim), dtype, device)
+        self.score = _zeros(slots, torch.float32, device)
+        self.position = _zeros(slots, torch.int32, device)
+        self.bias = _zeros(slots, torch.float32, device)
         pages_per_row = -(-max_slots // page_size)
         self.block_table = torch.zeros(layers, rows, pages_per_row, dtype=torch.int64)
         self.used = torch.zeros(layers, rows, dtype=torch.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -265,3 +266,14 @@ def test_no_sequence_of_operations_loses_or_shares_a_page(operations: list[tuple
     for row in lengths:
         pool.close_row(row)
     assert pool.free_pages == pool.num_pages
+
+
+def test_a_large_pool_takes_memory_only_as_it_is_written() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    pool = PagePool(
+        layers=1, kv_heads=4, head_dim=64, page_size=32, num_pages=20_000, rows=1, max_slots=64, dtype=torch.float32
+    )
+    assert not pool.k[123].any()
+    held = 20_000 * PagePool.bytes_per_page(4, 64, 32, torch.float32)
+    assert process.memory_info().rss - before < held // 10
