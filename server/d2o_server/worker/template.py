@@ -62,8 +62,10 @@ class Template:
                 if key.fileobj is self._woken:
                     self._bury()
                 elif key.fileobj is not self._control:
-                    self._selector.unregister(key.fileobj)
-                    _kill(key.data)
+                    # One that has been buried since this was selected has no connection any more.
+                    if key.data in self._workers:
+                        self._selector.unregister(key.fileobj)
+                        _kill(key.data)
                 elif (connection := self._accept()) is None:
                     signal.set_wakeup_fd(-1)
                     for worker in self._workers:

@@ -162,3 +162,29 @@ def test_a_fork_that_could_not_use_a_gpu_becomes_a_fresh_process(tmp_path: Path)
     subprocess.run([sys.executable, "-c", script], check=True)
     said = json.loads((tmp_path / "told").read_text())
     assert (said["imported"], said["arguments"][1], said["word"]) == (False, "7", "fresh")
+
+
+@pytest.mark.usefixtures("own_template")
+async def test_a_worker_whose_end_and_connection_s_end_come_together_takes_nothing_along(tmp_path: Path) -> None:
+    made = worker_process._Template.current()
+
+    def order(name: str) -> bytes:
+        variables = dict(os.environ) | {"D2O_TEST_WORD": name}
+        told = {"module": TELLING, "address": str(tmp_path / name), "directory": ".", "environment": variables}
+        return json.dumps(told).encode() + b"\n"
+
+    with made.connect() as first, made.connect() as second:
+        for connection in (first, second):
+            connection.settimeout(60)
+        first.sendall(order("first"))
+        process = int(first.recv(64))
+        # The template waits for the second order, so that both ends lie there when it looks again.
+        await asyncio.sleep(0.2)
+        os.kill(process, signal.SIGKILL)
+        await asyncio.sleep(0.2)
+        first.close()
+        second.sendall(order("second"))
+        assert int(second.recv(64)) != process
+        third = Started(tmp_path / "third", D2O_TEST_STATUS="0")
+        assert await third.status() == 0
+    assert worker_process._Template.current() is made
