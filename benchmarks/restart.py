@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shlex
 import subprocess
 import sys
 import time
@@ -81,9 +82,10 @@ async def _kills(server: RunningServer, parsed: argparse.Namespace) -> list[dict
         kills = []
         for _ in range(parsed.repeats):
             answer, waits = await _killed_stream(server, client, parsed.tokens)
-            if answer.usage.resumed != 1 or answer.token_ids != alone.token_ids:
+            same = answer.token_ids == alone.token_ids
+            if answer.usage.resumed != 1 or not (same or parsed.dtype != "float32"):
                 raise RuntimeError(f"other tokens than alone in a stream that was resumed {answer.usage.resumed} times")
-            kills.append(waits)
+            kills.append(waits | {"same_tokens": same})
             # A worker that has served for so long is started again after the shortest pause.
             await asyncio.sleep(parsed.settled)
         return kills
@@ -92,8 +94,8 @@ async def _kills(server: RunningServer, parsed: argparse.Namespace) -> list[dict
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     """Starts a server, kills its worker again and again, and times a fresh interpreter as often."""
     began = time.monotonic()
-    flags = ("--model", parsed.model, "--dtype", parsed.dtype, "--threads", str(parsed.threads), "--device", "cpu")
-    with server_process(*flags) as server:
+    flags = ("--model", parsed.model, "--dtype", parsed.dtype, "--threads", str(parsed.threads))
+    with server_process(*flags, "--device", parsed.device, *shlex.split(parsed.server_flags)) as server:
         first_start = time.monotonic() - began
         memory = memory_mib(server)
         kills = asyncio.run(_kills(server, parsed))
@@ -113,13 +115,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _cli.parser(__doc__ or "")
     # In bfloat16 what is read again may round otherwise than what was read by the token (docs/adr/0010).
     parser.set_defaults(dtype="float32")
+    parser.add_argument("--device", default="cpu", help="as d2o-serve takes it")
+    parser.add_argument("--server-flags", default="", help="more flags of d2o-serve, in one argument")
+    parser.add_argument("--name", default="restart", help="of the file that is written")
     parser.add_argument("--repeats", type=int, default=5, help="kills, and imports by a fresh interpreter")
     parser.add_argument("--tokens", type=int, default=200, help="of the stream")
     parser.add_argument("--settled", type=float, default=11.0, help="seconds of service between kills")
     parsed = parser.parse_args(arguments)
     result = run(parsed)
     shown = {name: value for name, value in vars(parsed).items() if name not in ("out", "text")}
-    path = _cli.write_json(parsed.out, "restart", {"settings": shown, **result})
+    path = _cli.write_json(parsed.out, parsed.name, {"settings": shown, **result})
     rows = [(name.replace("_", " "), result[name]) for name in result if name.endswith("_seconds")]
     rows += [(f"{name.replace('_', ' ')} MiB", value) for name, value in result["memory_mib"].items()]
     _cli.print_table(("", "median"), rows)
