@@ -146,7 +146,7 @@ async def test_processes_do_not_outlive_their_template_and_the_next_has_another(
 async def test_a_template_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "transformers.py"
     broken.write_text("raise SystemExit(5)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
     assert await Started(tmp_path / "never").status() == 5
 
 

@@ -18,7 +18,7 @@ from d2o_inference.v1 import inference_service_pb2 as pb
 from d2o_inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from d2o_server.engine.types import Event, GenerationRequest
 from d2o_server.errors import DeadlineExceeded
-from d2o_server.rpc.interceptors import CallRecord
+from d2o_server.rpc.interceptors import CallInterceptor, CallRecord
 from tests.server.rpc.conftest import Serve
 from tests.server.rpc.scripted_engine import CHUNKS, FINISHED, STARTED, ScriptedEngine
 
@@ -153,19 +153,55 @@ async def test_calls_that_ended_make_room_again(serve: Serve) -> None:
         assert (await stub.GenerateText(UNARY)).started.generation_id == "gen-7"
 
 
+class Punctual(ScriptedEngine):
+    """Notices a deadline in the moment in which it passes, as the engine's own timer does."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
+        await asyncio.sleep(request.deadline - time.monotonic() if request.deadline else 0)
+        raise DeadlineExceeded("the deadline passed while the request was queued")
+        yield STARTED
+
+
 async def test_a_deadline_that_engine_and_caller_notice_at_once_is_no_defect(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Punctual(ScriptedEngine):
-        async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-            self.requests.append(request)
-            await asyncio.sleep(request.deadline - time.monotonic() if request.deadline else 0)
-            raise DeadlineExceeded("the deadline passed while the request was queued")
-            yield STARTED
-
     stub = InferenceServiceStub(await serve(Punctual()))
     for _ in range(20):
         calls = [stub.StreamGenerateText(STREAM, timeout=0.02) for _ in range(20)]
         assert {await call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
     await asyncio.sleep(0.05)
     assert "ExecuteBatchError" not in caplog.text
+
+
+async def test_an_expired_call_is_sent_no_status_which_would_fail_and_leak(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, access: pytest.LogCaptureFixture
+) -> None:
+    sent: list[grpc.StatusCode] = []
+
+    class Watched:
+        def __init__(self, context: Any) -> None:
+            self._context = context
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._context, name)
+
+        async def abort(self, code: grpc.StatusCode, *rest: Any) -> None:
+            sent.append(code)
+            await self._context.abort(code, *rest)
+
+    run = CallInterceptor._run
+
+    async def watched(self: CallInterceptor, record: Any, behaviour: Any, payload: bytes, context: Any) -> Any:
+        return await run(self, record, behaviour, payload, Watched(context))
+
+    monkeypatch.setattr(CallInterceptor, "_run", watched)
+    stub = InferenceServiceStub(await serve(Punctual()))
+    calls = [stub.StreamGenerateText(STREAM, timeout=0.1) for _ in range(20)]
+    assert {await call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+    lines = await access_lines(access, len(calls))
+    assert {line["status"] for line in lines} == {"DEADLINE_EXCEEDED"}
+    assert not sent
+    # Without a deadline the same end is sent.
+    assert await stub.StreamGenerateText(STREAM).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert sent == [grpc.StatusCode.DEADLINE_EXCEEDED]
