@@ -20,7 +20,7 @@ from d2o_server.rpc.auth import Authenticator, Caller, CallerLimits
 from d2o_server.rpc.errors import status_of
 from d2o_server.rpc.load_trailers import load_trailers
 from d2o_server.telemetry.calls import CallObserver, rejection_of
-from d2o_server.telemetry.logs import FIELDS, pairs
+from d2o_server.telemetry.logs import FIELDS, Pairs, pairs
 
 SERVICE = "d2o_inference.v1.InferenceService"
 CLIENT_ID_KEY = "x-request-id"
@@ -191,7 +191,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._observer.call_ended(record.method, record.status, record.rejection)
             if _access.isEnabledFor(logging.INFO):
                 fields = record.fields()
-                _access.info(pairs(fields), extra={FIELDS: fields})
+                _access.info(Pairs(fields), extra={FIELDS: fields})
 
     async def _abort(self, error: BaseException, record: CallRecord, context: Context) -> NoReturn:
         reference = record.generation_id or f"none-{uuid.uuid4().hex[:12]}"

@@ -19,7 +19,7 @@ from d2o_server.engine.types import ChatMessage, Chunk, Event, GenerationRequest
 from d2o_server.rpc import bounds, convert
 from d2o_server.rpc.call_limits import CallLimits
 from d2o_server.rpc.interceptors import CallRecord, caller_of, current_call, time_remaining
-from d2o_server.telemetry.logs import FIELDS, pairs
+from d2o_server.telemetry.logs import FIELDS, Pairs
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -106,7 +106,7 @@ class InferenceService(pb_grpc.InferenceServiceServicer):
             read = replace(read, owner=caller.name, max_pages=caller.pages)
         if self._log_prompts:
             fields = {"method": call.method, **call.ids(), "prompt": _readable(read.prompt)}
-            _prompts.info(pairs(fields), extra={FIELDS: fields})
+            _prompts.info(Pairs(fields), extra={FIELDS: fields})
         return read
 
 

@@ -24,6 +24,18 @@ def pairs(fields: Mapping[str, object]) -> str:
     return " ".join(f"{key}={quoted(value)}" for key, value in fields.items())
 
 
+class Pairs:
+    """:func:`pairs` for a log's message: a line that is written as JSON does not need them."""
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, fields: Mapping[str, object]) -> None:
+        self._fields = fields
+
+    def __str__(self) -> str:
+        return pairs(self._fields)
+
+
 class TextFormatter(logging.Formatter):
     """A line of text; one that a call caused, and that does not say so itself, ends with the call's ids."""
 
@@ -43,7 +55,7 @@ class JsonFormatter(logging.Formatter):
 
     def __init__(self, ids: Ids) -> None:
         super().__init__()
-        self._ids = ids
+        self._ids, self._encode = ids, json.JSONEncoder(default=str).encode
 
     def format(self, record: logging.LogRecord) -> str:
         """The whole line."""
@@ -57,7 +69,7 @@ class JsonFormatter(logging.Formatter):
         document |= {"message": record.getMessage()} if fields is None else fields
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(document, default=str)
+        return self._encode(document)
 
 
 def configure(level: str, log_format: str = "text", ids: Ids = dict) -> None:

@@ -14,7 +14,8 @@ from opentelemetry.instrumentation.grpc._aio_server import OpenTelemetryAioServe
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
-from opentelemetry.trace import StatusCode
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, Status, StatusCode
 
 from d2o_server.engine.observer import Timeline
 from d2o_server.settings import TRACE_CONSOLE
@@ -27,6 +28,7 @@ _FAULTS = {
     *(grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNIMPLEMENTED),
     *(grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS),
 }
+_CUT = "the generation was cancelled or failed in this stage"
 _EXPORT_SECONDS = 1.0
 _EXPORT_TIMEOUT = 5
 
@@ -41,11 +43,11 @@ class Tracing:
     """
 
     def __init__(self, target: str, version: str) -> None:
-        resource = Resource.create({SERVICE_NAME: "d2o-serve", SERVICE_VERSION: version})
+        resource = _HashedOnce.of(Resource.create({SERVICE_NAME: "d2o-serve", SERVICE_VERSION: version}))
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        delay = 1000 * _EXPORT_SECONDS
-        self._provider.add_span_processor(BatchSpanProcessor(_exporter(target), schedule_delay_millis=delay))
-        self._tracer = self._provider.get_tracer("d2o_server", version)
+        self._sent = BatchSpanProcessor(_exporter(target), schedule_delay_millis=1000 * _EXPORT_SECONDS)
+        self._provider.add_span_processor(self._sent)
+        self._scope = InstrumentationScope("d2o_server", version)
 
     def interceptor(self) -> grpc.aio.ServerInterceptor:
         """Opens a span for every call that takes a prompt, in the trace that the caller's metadata names."""
@@ -58,14 +60,28 @@ class Tracing:
         call = trace.get_current_span()
         if not call.is_recording():
             return
-        for key, value in _facts(timeline).items():
-            call.set_attribute(key, value)
+        call.set_attributes(_facts(timeline))
         offset = time.time_ns() - time.monotonic_ns()
         for name, began, ended, attributes in _stages(timeline):
-            span = self._tracer.start_span(name, start_time=offset + int(1e9 * began), attributes=attributes)
-            if timeline.reason is None and ended == timeline.ended:
-                span.set_status(StatusCode.ERROR, "the generation was cancelled or failed in this stage")
-            span.end(offset + int(1e9 * ended))
+            cut = timeline.reason is None and ended == timeline.ended
+            self._sent.on_end(
+                # What is over needs no span that can still change, which costs several times as much.
+                ReadableSpan(
+                    name,
+                    self._below(call.get_span_context()),
+                    call.get_span_context(),
+                    self._provider.resource,
+                    attributes,
+                    instrumentation_scope=self._scope,
+                    status=Status(StatusCode.ERROR, _CUT) if cut else Status(),
+                    start_time=offset + int(1e9 * began),
+                    end_time=offset + int(1e9 * ended),
+                )
+            )
+
+    def _below(self, call: SpanContext) -> SpanContext:
+        identity = self._provider.id_generator.generate_span_id()
+        return SpanContext(call.trace_id, identity, is_remote=False, trace_flags=call.trace_flags)
 
     def call_ended(self, status: str, rejection: str | None) -> None:
         """Notes on the span of the call that runs in this task how it ended."""
@@ -86,6 +102,21 @@ def trace_id() -> str | None:
     """The id of the trace that this task works for, if any."""
     context = trace.get_current_span().get_span_context()
     return trace.format_trace_id(context.trace_id) if context.is_valid else None
+
+
+class _HashedOnce(Resource):
+    """A resource that knows its hash, which the exporter asks for with every span and the library makes from JSON."""
+
+    _hash: int
+
+    @classmethod
+    def of(cls, resource: Resource) -> _HashedOnce:
+        made = cls(resource.attributes, resource.schema_url)
+        made._hash = hash(resource)
+        return made
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class _CallSpans(OpenTelemetryAioServerInterceptor):
