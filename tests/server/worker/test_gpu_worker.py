@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,55 @@ def test_tokens_and_caches_are_those_of_the_cpu(cores: tuple[str, WorkerCore], n
         assert ours.facts is not None
         assert theirs.facts is not None
         assert [(x.budget, x.kept) for x in ours.facts.layers] == [(x.budget, x.kept) for x in theirs.facts.layers]
+
+
+@contextmanager
+def no_memory_left(spare: int) -> Iterator[None]:
+    """PyTorch may take ``spare`` bytes more than it has, and no more."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + spare) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_prompt_that_memory_runs_out_on_fails_alone() -> None:
+    settings = worker_settings(
+        model="random:tiny-llama",
+        dtype="float32",
+        device="cuda",
+        page_size=PAGE,
+        num_pages=4000,
+        max_sequences=8,
+        prefill_tokens=4096,
+        max_model_len=4096,
+        check_integrity=True,
+    )
+    core = build_worker(settings, print).core
+    short, (long,) = random_prompts((30, 77, 150), seed=3), random_prompts((3500,), seed=4)
+    configs = (NONE, POLICIES["default"], POLICIES["late"])
+
+    def started() -> GpuHarness:
+        harness = GpuHarness(core)
+        for index, (prompt, config) in enumerate(zip(short, configs, strict=True)):
+            harness.submit(prompt, config, seed=index, new=NEW)
+        for _ in range(10):
+            harness.step()
+        return harness
+
+    alone = [answer.tokens for answer in started().run().values()]
+    harness = started()
+    # Small blocks come from segments of 2 MiB; one of 20, which a chunk's activations need, does not fit.
+    with no_memory_left(16 * 2**20):
+        harness.submit(long, NONE, name="long", new=NEW)
+        answers = harness.run()
+    assert answers["long"].failure is not None
+    assert answers["long"].failure.error == "OutOfDeviceMemory"
+    assert [answers[str(index)].tokens for index in range(len(short))] == alone
+    assert harness.holds_nothing()
+    again = GpuHarness(core)
+    again.submit(long, NONE, name="long", new=NEW)
+    assert len(again.run()["long"].tokens) == NEW
