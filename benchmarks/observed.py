@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, default=256, help="requests at once")
     parser.add_argument("--tokens", type=int, default=400, help="of each request")
     parser.add_argument("--step-seconds", type=float, default=0.008, help="0 is as fast as it goes")
-    parser.add_argument("--repeats", type=int, default=6, help="runs of each kind")
+    parser.add_argument("--repeats", type=int, default=14, help="runs of each kind")
     parsed = parser.parse_args(arguments)
     runs = asyncio.run(run(parsed))
     ratios = {name: ratio(runs, name) for name in ("tokens_per_second", "cpu_us_per_token")}
