@@ -20,6 +20,7 @@ from d2o.config import D2OConfig
 from d2o_server.engine.loss_table import RATIOS
 from d2o_server.engine.types import MaxLoss
 from d2o_server.models.source import resolve
+from d2o_server.tokenizer import Tokenizer
 from d2o_server.worker.loader import load_model
 
 MODEL = "random:tiny-llama"
@@ -148,10 +149,31 @@ def test_facts_are_in_the_prompt_and_the_answer_is_what_counts() -> None:
         assert (question == 0) == case.task.endswith("after")
 
 
+def test_what_a_model_wants_before_a_text_stands_there_and_nowhere_else() -> None:
+    plain = tokenizer(MODEL)
+    first = plain.encode_part("<|im_start|>")[0]
+    begun = Tokenizer(
+        plain._fast,
+        chat_template="{{ messages[0].content }}",
+        adds={"bos_token": True},
+        special_tokens={"bos_token": "<|im_start|>"},
+    )
+    assert (plain.prefix, begun.prefix) == ((), (first,))
+    tasks = [task for task in TASKS if task != "turns"]
+    made = [
+        *retrieval_cases(begun, tasks, per_kind=1, prompt=2400, folder=None),
+        *text_cases(begun, per_kind=2, prompt=300, follow=20, folder=None),
+        *agreement_cases(begun, per_kind=1, prompt=120, follow=30, folder=None),
+    ]
+    for case in made:
+        assert case.prompt[0] == first
+        assert first not in case.prompt[1:] + case.continuation
+    assert {len(case.prompt) for case in made if case.task == "text"} == {300}
+
+
 def test_windows_of_text_do_not_overlap_and_follow_on() -> None:
-    encode = tokenizer(MODEL).encode
     for made in (text_cases, long_cases):
-        told = list(made(encode, per_kind=2, prompt=300, follow=20, folder=None))
+        told = list(made(tokenizer(MODEL), per_kind=2, prompt=300, follow=20, folder=None))
         assert len({case.prompt for case in told}) == len(told) == 8
         assert {(len(case.prompt), len(case.continuation), case.absolute) for case in told} == {
             (300, 20, made is long_cases)
@@ -159,7 +181,7 @@ def test_windows_of_text_do_not_overlap_and_follow_on() -> None:
 
 
 def test_what_the_full_cache_says_is_what_it_would_choose(probe: Probe) -> None:
-    (case, *_) = agreement_cases(tokenizer(MODEL).encode, per_kind=1, prompt=120, follow=30, folder=None)
+    (case, *_) = agreement_cases(tokenizer(MODEL), per_kind=1, prompt=120, follow=30, folder=None)
     said = probe.greedy(case.prompt, case.greedy)
     full, tight = probe.run(case.prompt, said, [Contender(name="full", config=FULL), TIGHT])
     assert row(case, "full", full)["prefix"] == len(said) == 30

@@ -113,12 +113,12 @@ def _cases(options: Any) -> Iterator[Case]:
     if not options.texts:
         return
     if "text" in options.tasks:
-        yield from text_cases(made.encode, prompt=prompt, follow=follow, **text)
+        yield from text_cases(made, prompt=prompt, follow=follow, **text)
     if "agreement" in options.tasks:
-        yield from agreement_cases(made.encode, prompt=prompt, follow=options.agreement_tokens, **text)
+        yield from agreement_cases(made, prompt=prompt, follow=options.agreement_tokens, **text)
     if "long" in options.tasks:
         short, after = options.long_tokens
-        yield from long_cases(made.encode, prompt=short, follow=after, **text)
+        yield from long_cases(made, prompt=short, follow=after, **text)
 
 
 def _sizes(cases: Sequence[Case]) -> dict[str, Any]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from benchmarks.quality import texts
-
-Encode = Callable[[str], list[int]]
+from d2o_server.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,29 +63,40 @@ def read_cases(path: Path) -> list[Case]:
         raise ValueError(f"cases: {path} has none that --write-cases has written: {error}") from error
 
 
-def text_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
+def text_cases(tokenizer: Tokenizer, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
     """Loss on the ``follow`` tokens after prompts of real text."""
-    yield from _windows("text", encode, per_kind=per_kind, prompt=prompt, follow=follow, folder=folder)
+    yield from _windows("text", tokenizer, per_kind=per_kind, prompt=prompt, follow=follow, folder=folder)
 
 
-def long_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
+def long_cases(tokenizer: Tokenizer, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
     """Loss on a continuation much longer than its prompt, at an absolute budget: does it drift?"""
-    yield from _windows("long", encode, per_kind=per_kind, prompt=prompt, follow=follow, folder=folder, absolute=True)
+    yield from _windows(
+        "long", tokenizer, per_kind=per_kind, prompt=prompt, follow=follow, folder=folder, absolute=True
+    )
 
 
-def agreement_cases(encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
+def agreement_cases(
+    tokenizer: Tokenizer, *, per_kind: int, prompt: int, follow: int, folder: Path | None
+) -> Iterator[Case]:
     """How long a cache says what the full cache says, and how far its distributions are from the full cache's."""
     for kind, found in texts.kinds(folder).items():
-        for number, (half, ids) in enumerate(texts.windows(found, encode, tokens=prompt, count=per_kind)):
+        for number, (half, ids) in enumerate(texts.of_model(found, tokenizer, tokens=prompt, count=per_kind)):
             name = f"agreement-{kind}-{prompt}-{number}"
             yield Case(name=name, task="agreement", kind=kind, half=half, size=prompt, prompt=ids, greedy=follow)
 
 
 def _windows(
-    task: str, encode: Encode, *, per_kind: int, prompt: int, follow: int, folder: Path | None, absolute: bool = False
+    task: str,
+    tokenizer: Tokenizer,
+    *,
+    per_kind: int,
+    prompt: int,
+    follow: int,
+    folder: Path | None,
+    absolute: bool = False,
 ) -> Iterator[Case]:
     for kind, found in texts.kinds(folder).items():
-        for number, (half, ids) in enumerate(texts.windows(found, encode, tokens=prompt + follow, count=per_kind)):
+        for number, (half, ids) in enumerate(texts.of_model(found, tokenizer, tokens=prompt + follow, count=per_kind)):
             yield Case(
                 name=f"{task}-{kind}-{prompt}-{number}",
                 task=task,

@@ -112,7 +112,7 @@ def retrieval_cases(
 ) -> Iterator[Case]:
     """``per_kind`` prompts of ``prompt`` tokens of each kind of text and task of ``tasks`` (some of :data:`TASKS`)."""
     for kind, found in texts.kinds(folder).items():
-        for number, (half, ids) in enumerate(texts.windows(found, tokenizer.encode, tokens=prompt, count=per_kind)):
+        for number, (half, ids) in enumerate(texts.of_model(found, tokenizer, tokens=prompt, count=per_kind)):
             for task, puzzle in _PUZZLES.items():
                 places = [place for place in PLACES if f"{task}-{place}" in tasks]
                 if places:
@@ -132,7 +132,7 @@ def _in_text(
     number: int,
     half: int,
 ) -> Iterator[Case]:
-    encode = tokenizer.encode
+    encode = tokenizer.encode_part
     question = tuple(encode(f"\n\nQuestion: {puzzle.question}\nAnswer: {puzzle.lead}"))
     facts = [(depth, encode(f"\n\n{fact}\n\n")) for depth, fact in puzzle.facts]
     answer = tuple(encode(puzzle.answer))
@@ -157,13 +157,13 @@ def _in_turns(tokenizer: Tokenizer, ids: tuple[int, ...], kind: str, number: int
     """A conversation: facts, three times some text to read, and a question for a fact of the first turn."""
     puzzle = _multikey(random.Random(f"turns {kind} {len(ids)} {number}"))
     told = "Please remember: " + " ".join(fact for _, fact in puzzle.facts)
-    room = len(ids) - len(tokenizer.encode(told + puzzle.question + puzzle.lead)) - _TEMPLATE_TOKENS
+    room = len(ids) - len(tokenizer.encode_part(told + puzzle.question + puzzle.lead)) - _TEMPLATE_TOKENS
     parts = [tokenizer.decode(ids[room * part // 3 : room * (part + 1) // 3]) for part in range(3)]
     messages = [ChatMessage("user", told), ChatMessage("assistant", "I will remember it.")]
     for part in parts:
         messages += [ChatMessage("user", f"Read this:\n\n{part}"), ChatMessage("assistant", _REPLY)]
     messages.append(ChatMessage("user", puzzle.question))
-    prompt = tokenizer.render_chat(messages) + tokenizer.encode(puzzle.lead)
+    prompt = tokenizer.render_chat(messages) + tokenizer.encode_part(puzzle.lead)
     return Case(
         name=f"turns-{kind}-{len(ids)}-{number}",
         task=TURNS,
@@ -171,7 +171,7 @@ def _in_turns(tokenizer: Tokenizer, ids: tuple[int, ...], kind: str, number: int
         half=half,
         size=len(ids),
         prompt=tuple(prompt),
-        continuation=tuple(tokenizer.encode(puzzle.answer)),
+        continuation=tuple(tokenizer.encode_part(puzzle.answer)),
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks._prompts import docstrings
+from d2o_server.tokenizer import Tokenizer
 
 CHOOSING, CONFIRMING = 0, 1
 """Halves of a kind's text: a default is chosen on the one and confirmed on the other."""
@@ -31,12 +32,12 @@ def kinds(folder: Path | None = None) -> dict[str, Iterator[str]]:
 
 
 def windows(
-    texts: Iterator[str], encode: Callable[[str], list[int]], *, tokens: int, count: int
+    texts: Iterator[str], encode: Callable[[str], list[int]], *, tokens: int, count: int, prefix: Sequence[int] = ()
 ) -> list[tuple[int, tuple[int, ...]]]:
     """``count`` token windows, each with its half, spread evenly over both halves of the texts' beginning.
 
     Where a text is cut depends on nothing but the text: no window of one half shares a token with any of the other,
-    whatever their sizes.
+    whatever their sizes. Each begins with ``prefix``, which is part of its ``tokens``; ``encode`` adds none.
 
     Raises:
         ValueError: the texts are too short.
@@ -48,13 +49,20 @@ def windows(
             break
     middle = min(len(ids) // 2, _HALF_TOKENS)
     wanted = {CHOOSING: (ids[:middle], count - count // 2), CONFIRMING: (ids[middle : 2 * middle], count // 2)}
-    made = []
+    made, inner = [], tokens - len(prefix)
     for half, (part, number) in wanted.items():
-        if number * tokens > len(part):
-            raise ValueError(f"texts: got {len(part)} tokens a half, needed are {number} windows of {tokens} tokens")
-        starts = ((len(part) - tokens) * n // max(1, number - 1) for n in range(number))
-        made += [(half, tuple(part[start : start + tokens])) for start in starts]
+        if number * inner > len(part):
+            raise ValueError(f"texts: got {len(part)} tokens a half, needed are {number} windows of {inner} tokens")
+        starts = ((len(part) - inner) * n // max(1, number - 1) for n in range(number))
+        made += [(half, (*prefix, *part[start : start + inner])) for start in starts]
     return made
+
+
+def of_model(
+    texts: Iterator[str], tokenizer: Tokenizer, *, tokens: int, count: int
+) -> list[tuple[int, tuple[int, ...]]]:
+    """:func:`windows` as a model wants to read them: each a text of its own, with what goes before one."""
+    return windows(texts, tokenizer.encode_part, tokens=tokens, count=count, prefix=tokenizer.prefix)
 
 
 def _reference() -> Iterator[str]:

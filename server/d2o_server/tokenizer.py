@@ -102,9 +102,18 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat is not None
 
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The special tokens that the model wants before a text."""
+        return tuple(self._prefix)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of raw text, with the special tokens that the model wants around it."""
-        return [*self._prefix, *self._fast.encode(text, add_special_tokens=False).ids, *self._suffix]
+        return [*self._prefix, *self.encode_part(text), *self._suffix]
+
+    def encode_part(self, text: str) -> list[int]:
+        """Token ids of what stands within a text, and nothing around them."""
+        return self._fast.encode(text, add_special_tokens=False).ids
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins.
