@@ -206,9 +206,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await asyncio.sleep(_EXPIRY_SECONDS)
         try:
             await context.abort(status.code, status.details, (*status.trailers, *load_trailers(self._load())))
+        except grpc.aio.AbortError as aborted:
+            asyncio.get_running_loop().call_soon(_forget_way_of, aborted)
+            raise
         except grpc.aio.InternalError as gone:
             # The caller's own deadline or cancel has ended the call already.
             raise asyncio.CancelledError from gone
+
+
+def _forget_way_of(aborted: BaseException) -> None:
+    # The call keeps it, and its traceback the call: all of both would lie there until a garbage collection.
+    aborted.__traceback__ = aborted.__context__ = None
 
 
 def _is_cancelled() -> bool:

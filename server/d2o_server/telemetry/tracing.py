@@ -134,7 +134,11 @@ class _CallSpans(OpenTelemetryAioServerInterceptor):
                     return await behavior(request, context)
                 except BaseException as error:  # noqa: BLE001 - raised again outside of the span, which would note it
                     end = error
-            raise end
+            try:
+                raise end
+            finally:
+                # Else its traceback would hold this frame, which holds it.
+                del end
 
         return call
 
