@@ -1,0 +1,65 @@
+"""What a traced call leaves behind; which spans it makes is asked of a whole server in tests/e2e/test_telemetry.py."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Sequence
+
+import grpc
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from d2o_inference.v1 import inference_service_pb2 as pb
+from d2o_inference.v1.inference_service_pb2_grpc import InferenceServiceStub
+from d2o_server.rpc.server import RpcServer, RpcSettings
+from d2o_server.telemetry import tracing
+from tests.server.rpc.scripted_engine import STARTED, ScriptedEngine
+
+CALLS = 100
+REQUEST = pb.StreamGenerateTextRequest(prompt=pb.Prompt(text="x"))
+
+
+class Counting(SpanExporter):
+    """Counts spans and keeps none."""
+
+    def __init__(self) -> None:
+        self.spans = 0
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.spans += len(spans)
+        return SpanExportResult.SUCCESS
+
+
+async def test_a_traced_call_that_is_cancelled_leaves_little_to_collect(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting()
+    monkeypatch.setattr(tracing, "_exporter", lambda _: counting)
+    traces = tracing.Tracing("console", "0")
+    server = RpcServer(ScriptedEngine((STARTED, 60.0)), RpcSettings(port=0), None, (traces.interceptor(),))
+
+    async def cancelled(stub: InferenceServiceStub) -> None:
+        call = stub.StreamGenerateText(REQUEST)
+        await call.read()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call.read()
+
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel:
+        stub = InferenceServiceStub(channel)
+        await cancelled(stub)
+        gc.collect()
+        gc.disable()
+        try:
+            before = len(gc.get_objects())
+            for _ in range(CALLS):
+                await cancelled(stub)
+            await asyncio.sleep(0.2)
+            left = len(gc.get_objects()) - before
+        finally:
+            gc.enable()
+    await server.stop(0)
+    await traces.close()
+    assert counting.spans == CALLS + 1
+    # Some 30, most of them of the client, which is in this process; more than 100 with the span's own frames.
+    assert left < 60 * CALLS
