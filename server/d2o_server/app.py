@@ -27,7 +27,7 @@ from d2o_server.telemetry.telemetry import Telemetry
 from d2o_server.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-_COLLECTOR_THRESHOLDS = (10_000, 20, 20)
+_COLLECTOR_THRESHOLDS = (50_000, 20, 20)
 _SECONDS_TO_SAY_SO = 1.0
 Progress = Callable[[str], None]
 Started = TypeVar("Started")
