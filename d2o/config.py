@@ -114,6 +114,8 @@ class D2OConfig:
             half of them, for which the width must be odd.
         window_quota: share of a layer's budget that goes to the best by window score, in [0, 1].
         window_blend: weight of the window score in the ranking of the rest, in [0, 1].
+        recurrence_share: share of the average budget that may go to what followed an earlier occurrence of the prompt's
+            end (:mod:`d2o.recurrence`), in [0, 1]; part of the window's quota, and without one nothing.
         ranking: rank by mean or by summed attention.
         score_queries: which prompt queries are summed over.
         layer_budgets: the division over layers; ``layer_gain`` is the gain of ``variance``.
@@ -140,12 +142,13 @@ class D2OConfig:
     window_queries: int = 32
     window_pool: int = 16
     window_ahead: int | None = 3
-    window_quota: float = 0.7
+    window_quota: float = 0.6
     window_blend: float = 0.0
+    recurrence_share: float = 0.25
     ranking: Ranking = Ranking.MEAN
     score_queries: ScoreQueries = ScoreQueries()
     layer_budgets: LayerBudgets = LayerBudgets.VARIANCE
-    layer_gain: float = 0.3
+    layer_gain: float = 0.6
     layer_floor: float = 0.01
     dense_layers: tuple[int, ...] = ()
     heads: Scope = Scope.HEAD
@@ -164,7 +167,7 @@ class D2OConfig:
     def __post_init__(self) -> None:
         self._coerce_enums()
         self._check_share("ratio", self.ratio, exclusive_zero=True)
-        for name in ("recent_share", "window_quota", "window_blend", "layer_floor", "beta"):
+        for name in ("recent_share", "window_quota", "window_blend", "recurrence_share", "layer_floor", "beta"):
             self._check_share(name, getattr(self, name))
         if self.alpha is not None:
             self._check_share("alpha", self.alpha)
@@ -190,6 +193,7 @@ class D2OConfig:
         self._check_number("bias_limit", self.bias_limit, 0, 100)
         for layer in self.dense_layers:
             self._check_whole("dense_layers", layer, 0)
+        self._check_flags("merge_keys", "merge_bias", "merge_into_sinks")
 
     def _coerce_enums(self) -> None:
         kinds: tuple[tuple[str, type[StrEnum]], ...] = (
@@ -210,6 +214,11 @@ class D2OConfig:
         if isinstance(self.score_queries, str):
             object.__setattr__(self, "score_queries", ScoreQueries.parse(self.score_queries))
         object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
+
+    def _check_flags(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(name, getattr(self, name), "true or false")
 
     @staticmethod
     def _check_number(field: str, given: float, low: float, high: float) -> None:
@@ -255,6 +264,7 @@ class D2OConfig:
             "merge": Merge.NONE,
             "layer_budgets": LayerBudgets.UNIFORM,
             "window_quota": 0.0,
+            "recurrence_share": 0.0,
             "threshold": Threshold.OFF,
         }
         match Policy(policy):
@@ -286,6 +296,7 @@ class D2OConfig:
 _PAPER: dict[str, Any] = {
     "recent_share": 0.25,
     "window_quota": 0.0,
+    "recurrence_share": 0.0,
     "ranking": Ranking.SUM,
     "layer_budgets": LayerBudgets.PAPER,
     "merge": Merge.PAPER,

@@ -11,7 +11,16 @@ from benchmarks.quality.probe import FULL, Contender
 from d2o.config import D2OConfig, LayerBudgets, Merge, Policy
 
 SCRAMBLED = "d2o-random"
+_FLAGS = {"true": True, "false": False}
 _BITS = {"8-bit": 8, "d2o-8-bit": 8}
+# The default before docs/adr/0012.
+_BEFORE: dict[str, Any] = {
+    "window_quota": 0.5,
+    "window_pool": 7,
+    "window_ahead": None,
+    "layer_gain": 0.3,
+    "recurrence_share": 0.0,
+}
 # Each takes what fixes the budget, so that all hold the same number of slots in all.
 _FORMS: dict[str, Callable[..., D2OConfig]] = {
     "streaming": lambda **budget: D2OConfig.of("streaming", **budget),
@@ -22,7 +31,8 @@ _FORMS: dict[str, Callable[..., D2OConfig]] = {
     "d2o": D2OConfig,
     "d2o-drop": lambda **budget: D2OConfig(merge=Merge.NONE, **budget),
     "d2o-uniform": lambda **budget: D2OConfig(layer_budgets=LayerBudgets.UNIFORM, **budget),
-    "d2o-before": lambda **budget: D2OConfig(window_quota=0.5, window_pool=7, window_ahead=None, **budget),
+    "d2o-before": lambda **budget: D2OConfig(**_BEFORE, **budget),
+    "d2o-no-recurrence": lambda **budget: D2OConfig(recurrence_share=0.0, **budget),
     "d2o-no-window": lambda **budget: D2OConfig(window_quota=0.0, recent_share=0.25, **budget),
     "d2o-no-bias": lambda **budget: D2OConfig(merge_bias=False, **budget),
     SCRAMBLED: D2OConfig,
@@ -50,7 +60,7 @@ def forms(names: Sequence[str], more: Sequence[str] = ()) -> Forms:
 
 
 def _form(text: str) -> tuple[str, Callable[..., D2OConfig]]:
-    label, policy, fields = (*text.split(":"), "", "")[:3]
+    label, policy, fields = (*text.split(":", 2), "", "")[:3]
     if not label or "@" in label or policy not in set(Policy):
         raise ValueError(f"set: got {text!r}, allowed is LABEL:POLICY:FIELD=VALUE,... with a policy such as d2o")
     changes = dict(pair.split("=", 1) for pair in fields.split(",") if pair)
@@ -61,7 +71,7 @@ def _form(text: str) -> tuple[str, Callable[..., D2OConfig]]:
 
 def _value(text: str) -> Any:
     try:
-        return ast.literal_eval(text)
+        return _FLAGS[text] if text in _FLAGS else ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
 

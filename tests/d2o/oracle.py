@@ -155,3 +155,22 @@ def fold(survivor: Token, members: list[tuple[float, Token]], seen: int, config:
     if config.merge is not Merge.CONSERVE or config.merge_keys:
         survivor.k = own * survivor.k + torch.stack([w * token.k for w, token in parts]).sum(0)
     survivor.v = own * survivor.v + torch.stack([w * token.v for w, token in parts]).sum(0)
+
+
+def expected_slots(tokens: list[int], most: int) -> list[int]:
+    """Slots that followed on an earlier occurrence of the end: 8 tokens of it, or 4 where two went on alike for 32."""
+    places = []
+    for place in range(len(tokens) - 1):
+        length = 0
+        while length < min(64, place + 1) and tokens[place - length] == tokens[-1 - length]:
+            length += 1
+        if length >= 4:
+            places.append((length, place, tokens[place + 1 : place + 33]))
+    places = sorted(places, reverse=True)[:64]
+    expected: list[int] = []
+    for length, place, follows in places:
+        twice = len(follows) == 32 and sum(other == follows for _, _, other in places) > 1
+        if length >= 8 or twice:
+            expected += [slot for slot in range(place + 1, len(tokens)) if slot not in expected]
+            expected = expected[:most]
+    return sorted(expected)

@@ -29,11 +29,15 @@ from d2o.config import ConfigError, D2OConfig, LayerBudgets, Merge, Policy, Rank
         ("window_ahead", 99),
         ("window_quota", 0.95),
         ("window_blend", -0.1),
+        ("recurrence_share", 1.1),
         ("window_queries", 0),
         ("layer_gain", math.inf),
         ("layer_floor", 2),
         ("dense_layers", (-1,)),
         ("merge_weight", -1),
+        ("merge_keys", "true"),
+        ("merge_bias", 1),
+        ("merge_into_sinks", None),
         ("bias_limit", math.nan),
         ("beta", 1.1),
         ("alpha", -0.1),
@@ -87,9 +91,9 @@ def test_average_budget_is_the_largest_lower_bound(config: D2OConfig, prompt: in
 def test_the_default_is_the_mass_conserving_row_with_a_window_quota() -> None:
     config = D2OConfig()
     assert (config.merge, config.threshold, config.ranking) == (Merge.CONSERVE, Threshold.PAPER, Ranking.MEAN)
-    assert (config.layer_budgets, config.layer_gain) == (LayerBudgets.VARIANCE, 0.3)
-    assert (config.window_quota, config.recent_share, config.window_queries) == (0.7, 0.1, 32)
-    assert (config.window_pool, config.window_ahead) == (16, 3)
+    assert (config.layer_budgets, config.layer_gain) == (LayerBudgets.VARIANCE, 0.6)
+    assert (config.window_quota, config.recent_share, config.window_queries) == (0.6, 0.1, 32)
+    assert (config.window_pool, config.window_ahead, config.recurrence_share) == (16, 3, 0.25)
 
 
 def test_presets_differ_where_the_publications_do() -> None:

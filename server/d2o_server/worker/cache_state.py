@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,7 +22,7 @@ class SequenceCache:
     row: int
     config: D2OConfig
     budget: int
-    prompt_tokens: int
+    prompt: Sequence[int]
     total_tokens: int
     scores: PromptScores | None = None
     budgets: list[int] = field(default_factory=list)
@@ -29,6 +30,10 @@ class SequenceCache:
     peak_pages: int = 0
     spans: list[tuple[Span, float]] = field(default_factory=list)
     prompt_spans: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
 
 
 @dataclass(frozen=True, slots=True)

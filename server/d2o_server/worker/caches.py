@@ -11,6 +11,7 @@ from torch import Tensor
 from d2o import budget
 from d2o.attention import ScoreTarget
 from d2o.config import D2OConfig, LayerBudgets, Policy
+from d2o.recurrence import expect
 from d2o_server.engine.memory import CacheShape, Reservation
 from d2o_server.engine.messages import CacheState
 from d2o_server.engine.types import CacheFacts, LayerCache
@@ -45,7 +46,7 @@ class CacheManager:
         self._sliding = torch.tensor([i for i, w in enumerate(shape.windows) if w is not None], dtype=torch.int64)
         self._windows = torch.tensor([w for w in shape.windows if w is not None], dtype=torch.int64)
 
-    def open(self, reservation: Reservation, prompt_tokens: int, total_tokens: int) -> SequenceCache:
+    def open(self, reservation: Reservation, prompt: Sequence[int], total_tokens: int) -> SequenceCache:
         """Takes a row for a sequence whose pages are reserved."""
         row = self.pool.open_row()
         config = reservation.config
@@ -54,8 +55,8 @@ class CacheManager:
         self.keep[self._sliding, row] = self._windows
         self.seen[row] = 0
         self.ops.reset(row)
-        cache = SequenceCache(row, config, reservation.budget, prompt_tokens, total_tokens)
-        if config.evicts_in_decode and config.enabled and prompt_tokens <= reservation.budget:
+        cache = SequenceCache(row, config, reservation.budget, prompt, total_tokens)
+        if config.evicts_in_decode and config.enabled and len(prompt) <= reservation.budget:
             self.limit[self._full, row] = reservation.budget + self.shape.slack(config)
         self.by_row[row] = cache
         return cache
@@ -135,6 +136,9 @@ class CacheManager:
             if cache.compressed:
                 scores, layers = cache.scores, self._full
                 window = None if scores is None or scores.window is None else self._of_full_layers(scores.window)
+                if window is not None:
+                    group = self.query_heads // self.pool.kv_heads
+                    expect(window, cache.prompt, cache.budget, group, cache.config)
                 self._evict(layers, torch.full_like(layers, cache.row), cache.config, window)
             cache.scores = None
             self._trim_windows(cache)

@@ -101,7 +101,7 @@ class Runner(ABC):
 
     def open(self, sequence: Sequence) -> None:
         """Gives an admitted sequence a row of the pool."""
-        cache = self.caches.open(sequence.reservation, len(sequence.reading), sequence.total_tokens)
+        cache = self.caches.open(sequence.reservation, sequence.reading, sequence.total_tokens)
         sampling = SamplingState(
             sequence.sampling,
             seed=sequence.seed,

@@ -124,7 +124,7 @@ class Life:
             dtype=torch.float32,
         )
         self.caches = CacheManager(TorchCacheOps(pool), shape, query_heads=4)
-        self.cache = self.caches.open(reservation, prompt, prompt + new)
+        self.cache = self.caches.open(reservation, range(prompt), prompt + new)
         self.row = torch.tensor([self.cache.row])
         self.draw = torch.Generator().manual_seed(prompt)
 

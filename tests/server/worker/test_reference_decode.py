@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from d2o import budget
 from d2o.compressor import Slots, compress
 from d2o.config import D2OConfig, LayerBudgets, Policy
+from tests.d2o import oracle
 from tests.server.worker.conftest import NONE, PAGE, generate, load, random_prompts, served_model
 
 NAME = "reference"
@@ -76,12 +77,16 @@ class Reference:
     """One sequence. ``seen`` tokens were fed before the current step."""
 
     config: D2OConfig
-    prompt_tokens: int
+    prompt: list[int]
     total_tokens: int
     layers: dict[int, Layer] = field(default_factory=dict)
     windowed: set[int] = field(default_factory=set)
     seen: int = 0
     compressed: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
 
     def attend(
         self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
@@ -142,11 +147,19 @@ class Reference:
                 self._allot(full, average, from_prompt=at_once)
                 self.compressed = True
                 for layer in full:
-                    layer.evict(self.config, self.seen, layer.window if at_once else None)
+                    layer.evict(self.config, self.seen, self._window(layer, average) if at_once else None)
         elif self.config.evicts_in_decode:
             for layer in full:
                 if layer.slots >= layer.keep + slack:
                     layer.evict(self.config, self.seen)
+
+    def _window(self, layer: Layer, average: int) -> Tensor:
+        """What the last queries saw, and where the prompt's end recurs the attention that is expected."""
+        expected = oracle.expected_slots(self.prompt, int(self.config.recurrence_share * average))
+        group = layer.received.shape[0] // layer.k.shape[0]
+        window = layer.window.clone()
+        window[:, expected] += 4 * min(self.config.window_queries, self.seen) * group / self.seen
+        return window
 
     def _allot(self, layers: list[Layer], average: int, *, from_prompt: bool) -> None:
         if self.config.layer_budgets is LayerBudgets.UNIFORM:
@@ -197,7 +210,7 @@ def reference_model(name: str) -> PreTrainedModel:
 def reference_tokens(name: str, prompt: list[int], config: D2OConfig, new: int) -> tuple[list[int], Reference]:
     """Greedy tokens, one step at a time."""
     model = reference_model(name)
-    reference = Reference(config, len(prompt), len(prompt) + new)
+    reference = Reference(config, prompt, len(prompt) + new)
     tokens: list[int] = []
     fed = prompt
     while True:
@@ -234,6 +247,8 @@ CONFIGS = {
 def test_the_worker_agrees_with_the_reference_token_for_token(name: str) -> None:
     config = CONFIGS[name]
     prompts = random_prompts((30, 90, 200), seed=9)
+    # One that says again what it has said before.
+    prompts.append(prompts[2][:160] + prompts[2][30:60])
     answers = generate(prompts, config, new=NEW)
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens, reference = reference_tokens("tiny-llama", prompt, config, NEW)
