@@ -11,6 +11,8 @@ from statistics import median
 import psutil
 
 MEBIBYTE = 2**20
+SECONDS_TO_TIDY_UP = 2.5
+"""A front that has nothing to do collects its garbage within a second."""
 
 
 def reset_peak(pid: int) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from benchmarks import _cli
+from benchmarks._memory import SECONDS_TO_TIDY_UP
 from benchmarks._server import RunningServer, server_process
 from d2o_client import AsyncClient, Compression, D2OError, RetryPolicy
 
@@ -112,6 +113,7 @@ class Chaos:
             # Buffers, caches and arenas grow to their size under load; growth beyond that would be a leak.
             before = int(options.requests * _SHARE_BEFORE_MEMORY_COUNTS)
             await self._load(client, before)
+            await asyncio.sleep(SECONDS_TO_TIDY_UP)
             self._memory = [self._front_mib()]
             self.tally = Tally()
             began = time.monotonic()
@@ -122,6 +124,7 @@ class Chaos:
             with suppress(asyncio.CancelledError):
                 await killer
             load = await self._idle(client)
+            await asyncio.sleep(SECONDS_TO_TIDY_UP)
         self._memory.append(self._front_mib())
         tally = self.tally
         return {

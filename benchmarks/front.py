@@ -20,13 +20,13 @@ from benchmarks._load import Load, run_load
 from benchmarks._server import child_environment
 from benchmarks._serving import FULL_CACHE
 from d2o.config import D2OConfig
-from d2o_server.app import calm_garbage_collector
 from d2o_server.engine.admission import EngineDefaults
 from d2o_server.engine.dispatcher import Dispatcher
 from d2o_server.engine.engine import LocalEngine
 from d2o_server.engine.observer import Observer
 from d2o_server.engine.types import Chunk, GenerationRequest, SamplingParams
 from d2o_server.engine.worker_client import Worker
+from d2o_server.garbage import calm_garbage_collector
 from d2o_server.rpc.server import RpcServer, RpcSettings
 from d2o_server.settings import worker_settings
 from d2o_server.tokenizer import Tokenizer

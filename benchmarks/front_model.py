@@ -21,7 +21,8 @@ from benchmarks._load import Load
 from benchmarks._prompts import special_ids
 from benchmarks._serving import FULL_CACHE, model_flags, room_for
 from benchmarks.front import PATHS, Pace, measure, print_paces
-from d2o_server.app import calm_garbage_collector, running_engine
+from d2o_server.app import running_engine
+from d2o_server.garbage import calm_garbage_collector
 from d2o_server.settings import from_arguments
 
 _WARM_UP_TOKENS = 16

@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 
 from benchmarks import _cli
+from benchmarks._memory import MEBIBYTE, SECONDS_TO_TIDY_UP
 from benchmarks._server import RunningServer, server_process
 from d2o_inference.v1 import inference_service_pb2 as pb
 from d2o_server.rpc.api_keys import new_key
@@ -44,7 +45,6 @@ FINE = frozenset(
         grpc.StatusCode.CANCELLED,
     }
 )
-MEBIBYTE = 2**20
 _MESSAGES = {
     "GenerateText": pb.GenerateTextRequest,
     "StreamGenerateText": pb.StreamGenerateTextRequest,
@@ -270,6 +270,7 @@ def fuzz(server: RunningServer, calls: Sequence[Call], key: str, rounds: int) ->
     for _ in range(rounds):
         statuses += asyncio.run(send_all(server.target, calls))
         load = asyncio.run(load_when_idle(server.target, key))
+        time.sleep(SECONDS_TO_TIDY_UP)
         used.append(memory(server))
     return {
         "messages": len(calls) * rounds,

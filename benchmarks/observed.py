@@ -38,7 +38,7 @@ from benchmarks._load import Load, run_load
 from benchmarks._server import child_environment
 from benchmarks._serving import FULL_CACHE
 from benchmarks.front import replaying_engine
-from d2o_server.app import calm_garbage_collector
+from d2o_server.garbage import calm_garbage_collector
 from d2o_server.rpc.api_keys import new_key
 from d2o_server.rpc.interceptors import current_ids
 from d2o_server.rpc.server import RpcServer, RpcSettings

@@ -56,6 +56,7 @@ TABLE = {
     "d2o_server": Row(()),
     "d2o_server.__main__": Row(("d2o_server.app", *_SHARED)),
     "d2o_server.app": Row((ANYTHING,)),
+    "d2o_server.garbage": Row(("d2o_server.engine.interface",)),
     "d2o_server.healthcheck": Row(("grpc", "grpc_health", *_SHARED)),
     "d2o_server.keys": Row(("d2o_server.rpc.api_keys", "d2o_server.engine.types", *_SHARED)),
     "d2o_server.settings": Row(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -18,6 +17,7 @@ from d2o_server.engine.observer import Observer
 from d2o_server.engine.types import SamplingParams
 from d2o_server.engine.worker_client import Worker
 from d2o_server.errors import StartupError, WorkersLost
+from d2o_server.garbage import calm_garbage_collector, collect_when_idle
 from d2o_server.models.source import ModelSource, resolve
 from d2o_server.rpc.interceptors import current_ids
 from d2o_server.rpc.server import RpcServer, RpcSettings, check_files
@@ -27,7 +27,6 @@ from d2o_server.telemetry.telemetry import Telemetry
 from d2o_server.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-_COLLECTOR_THRESHOLDS = (50_000, 20, 20)
 _SECONDS_TO_SAY_SO = 1.0
 Progress = Callable[[str], None]
 Started = TypeVar("Started")
@@ -137,9 +136,10 @@ async def serve(settings: Settings, progress: Progress, listening: Callable[[int
         server = RpcServer(engine, rpc, telemetry, telemetry.interceptors)
         calm_garbage_collector()
         listening(await server.start())
-        health = asyncio.create_task(_follow_health(engine, server))
+        beside = [asyncio.create_task(_follow_health(engine, server)), asyncio.create_task(collect_when_idle(engine))]
         lost = await _unless(stop, engine.worker_loss())
-        health.cancel()
+        for task in beside:
+            task.cancel()
         if lost is None:
             await _drain(engine, server, settings)
             return
@@ -147,13 +147,6 @@ async def serve(settings: Settings, progress: Progress, listening: Callable[[int
         await engine.drain(_SECONDS_TO_SAY_SO)
         await server.stop(_SECONDS_TO_SAY_SO)
         raise WorkersLost(lost)
-
-
-def calm_garbage_collector() -> None:
-    """Leaves what a start made out of every later collection, and collects seldom: a tenth of what a token costs."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_COLLECTOR_THRESHOLDS)
 
 
 async def _unless(stop: asyncio.Event, starting: Coroutine[Any, Any, Started]) -> Started | None:
