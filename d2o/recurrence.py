@@ -18,8 +18,9 @@ from d2o.config import D2OConfig
 _LONG_MATCH = 8
 _SHORT_MATCH = 4
 _SAME_AFTER = 32
-# Longer matches are all as good; more places are not looked at.
+# Longer matches are all as good. Of a text that says little but the same, the last places are looked at.
 _LONGEST_MATCH = 64
+_MOST_CANDIDATES = 1024
 _MOST_PLACES = 64
 # How much attention is expected, in units of what a token receives on average. More did no better, and a slot that is
 # in vain should not outlive the ones that are looked at.
@@ -59,19 +60,23 @@ def expect(window: Tensor, tokens: Sequence[int], budget: int, group: int, confi
 def _places(ids: Tensor) -> list[int]:
     """Slots at which the prompt's end ends as well, and that count: the longer the match and the later, the sooner."""
     places = (ids[:-1] == ids[-1]).nonzero()[:, 0]
-    matched = torch.ones_like(places)
+    for back in range(1, _SHORT_MATCH):
+        places = places[places >= back]
+        places = places[ids[places - back] == ids[-1 - back]]
+    places = places[-_MOST_CANDIDATES:]
+    matched = torch.full_like(places, _SHORT_MATCH)
     matching = torch.ones_like(places, dtype=torch.bool)
-    for back in range(1, min(_LONGEST_MATCH, len(ids))):
+    for back in range(_SHORT_MATCH, min(_LONGEST_MATCH, len(ids))):
         matching &= (places >= back) & (ids[(places - back).clamp_min(0)] == ids[-1 - back])
         if not matching.any():
             break
         matched += matching
-    # Both ascend, so that the best come last.
-    order = (matched * len(ids) + places).argsort()
-    found = [place for place in reversed(order.tolist()) if matched[place] >= _SHORT_MATCH][:_MOST_PLACES]
-    after = [ids[places[place] + 1 : places[place] + 1 + _SAME_AFTER].tolist() for place in found]
+    # No two places have the same key: a match is shorter than the prompt.
+    best = (matched * len(ids) + places).topk(min(_MOST_PLACES, len(places))).indices
+    found = list(zip(places[best].tolist(), matched[best].tolist(), strict=True))
+    after = [ids[place + 1 : place + 1 + _SAME_AFTER].tolist() for place, _ in found]
     return [
-        int(places[place])
-        for place, follows in zip(found, after, strict=True)
-        if matched[place] >= _LONG_MATCH or (len(follows) == _SAME_AFTER and after.count(follows) > 1)
+        place
+        for (place, length), follows in zip(found, after, strict=True)
+        if length >= _LONG_MATCH or (len(follows) == _SAME_AFTER and after.count(follows) > 1)
     ]

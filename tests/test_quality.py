@@ -245,7 +245,7 @@ def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
     assert report.filled(page, RESULTS) == page
     assert (RESULTS / "quality.png").exists()
     marked = "<!-- table: made, confirming half -->\nold\n<!-- end -->"
-    result = json.loads((RESULTS / "quality.json").read_text())
+    result = json.loads((RESULTS / "quality_full.json").read_text())
     (tmp_path / "made.json").write_text(json.dumps(result))
     filled = report.filled(marked, tmp_path)
     confirmed = {each["contender"] for each in result["summary"]["confirming half"]}

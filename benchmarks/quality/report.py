@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     options = parser.parse_args(arguments)
     options.page.write_text(filled(options.page.read_text(), options.results))
-    if (options.results / "quality.json").exists():
+    if (options.results / "quality_full.json").exists():
         print(f"written: {plot_quality(options.results).name}")
     return 0
 
