@@ -114,6 +114,9 @@ def test_any_configuration_can_enter_by_its_fields() -> None:
     assert as_is.config == D2OConfig.of("h2o", ratio=0.2, min_budget=1)
     expected = D2OConfig(ratio=0.2, min_budget=1, window_quota=0.5, window_pool=21, window_ahead=None)
     assert wide.config == expected
+    forms = contenders.forms([], ["last:d2o:score_queries=last:64,merge_keys=true,merge_bias=false"])
+    _, last = contenders.at_ratios(forms, [0.2])
+    assert (str(last.config.score_queries), last.config.merge_keys, last.config.merge_bias) == ("last:64", True, False)
     for wrong, message in (("x:d2o:window_pool=0", "window_pool"), ("x:best", "set: got 'x:best', allowed is LABEL:")):
         with pytest.raises(ValueError, match=message):
             contenders.forms([], [wrong])

@@ -11,6 +11,7 @@ import msgspec
 
 from d2o_server import errors
 from d2o_server.engine.backlog import Backlog
+from d2o_server.engine.mailbox import Mailbox, Turns
 from d2o_server.engine.messages import Cancel, Failed, Stop, Submit
 from d2o_server.engine.ticket import MOST_DEATHS, Ticket
 from d2o_server.engine.worker_client import Worker
@@ -37,6 +38,7 @@ class Dispatcher:
         self.workers = workers
         self.lost = asyncio.Event()
         self._clock = clock
+        self._turns = Turns()
         self.backlog = Backlog(
             workers, max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens, max_wait=max_wait, clock=clock
         )
@@ -81,7 +83,16 @@ class Dispatcher:
         queued = not worker.fits(pages)
         if queued:
             self.backlog.check_queue(len(message.prompt))
-        ticket = Ticket(message, pages, worker, queued, most_pages=most, sent=self._clock(), owner=owner)
+        ticket = Ticket(
+            message,
+            pages,
+            worker,
+            queued,
+            most_pages=most,
+            sent=self._clock(),
+            events=Mailbox(self._turns),
+            owner=owner,
+        )
         worker.tickets[ticket.id] = ticket
         worker.send(message)
         return ticket

@@ -31,6 +31,7 @@ _LOWEST = {
 }
 # Until a connection has shaken hands, and HTTP/2 has agreed on its settings; gRPC's own is two minutes.
 _HANDSHAKE_SECONDS = 10
+_SECONDS_UNTIL_TAKEN = 3600
 # gRPC keeps milliseconds in 32 bits.
 _MOST_SECONDS = 2_000_000
 
@@ -198,8 +199,12 @@ def _options(settings: RpcSettings) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.server_handshake_timeout_ms", 1000 * _HANDSHAKE_SECONDS),
-        # Above what is refused in words, so that no connection waits in silence for another's calls.
+        # Above what is refused in words: no connection waits in silence for another's calls, and gRPC refuses none.
         ("grpc.max_concurrent_streams", 2 * settings.max_concurrent_rpcs),
+        ("grpc.server.max_pending_requests", 2 * settings.max_concurrent_rpcs),
+        ("grpc.server.max_pending_requests_hard_limit", 4 * settings.max_concurrent_rpcs),
+        # A call that is taken late is not cancelled, as gRPC would after 30 s: its caller knows how long to wait.
+        ("grpc.server_max_unrequested_time_in_server", _SECONDS_UNTIL_TAKEN),
     ]
     if settings.max_connections:
         options.append(("grpc.max_allowed_incoming_connections", settings.max_connections))

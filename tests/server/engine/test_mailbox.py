@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 
 import pytest
 
-from d2o_server.engine.mailbox import Mailbox
+from d2o_server.engine.mailbox import Mailbox, Turns
 
 
 async def test_items_come_out_in_the_order_they_went_in() -> None:
@@ -87,3 +88,43 @@ async def test_a_deadline_ends_with_its_scope() -> None:
         await asyncio.sleep(0.02)
         box.put(1)
         assert await box.get() == 1
+
+
+async def test_no_round_of_the_loop_has_more_readers_than_it_may_and_each_gets_its_turn() -> None:
+    """What else wants the loop, such as a new call, waits for a few readers and not for all of them."""
+    turns, rounds = Turns(a_round=4), [0]
+    boxes: list[Mailbox[int]] = [Mailbox(turns) for _ in range(10)]
+    read: list[tuple[int, int]] = []
+
+    async def follow(name: int) -> None:
+        for _ in range(3):
+            await boxes[name].get()
+            read.append((rounds[0], name))
+
+    async def count() -> None:
+        while True:
+            rounds[0] += 1
+            await asyncio.sleep(0)
+
+    readers = [asyncio.create_task(follow(name)) for name in range(10)]
+    counter = asyncio.create_task(count())
+    await asyncio.sleep(0)
+    for item in range(3):
+        for box in boxes:
+            box.put(item)
+    await asyncio.gather(*readers)
+    counter.cancel()
+    assert max(Counter(when for when, _ in read).values()) == 4
+    assert [name for _, name in read] == list(range(10)) * 3
+
+
+async def test_a_reader_that_gave_up_takes_no_turn() -> None:
+    turns = Turns(a_round=1)
+    boxes: list[Mailbox[int]] = [Mailbox(turns) for _ in range(3)]
+    readers = [asyncio.create_task(box.get()) for box in boxes]
+    await asyncio.sleep(0)
+    for item, box in enumerate(boxes):
+        box.put(item)
+    readers[0].cancel()
+    assert await asyncio.gather(*readers[1:]) == [1, 2]
+    assert await boxes[0].get() == 0
