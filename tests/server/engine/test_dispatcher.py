@@ -116,6 +116,23 @@ async def test_requests_that_come_at_once_are_spread_over_workers(dispatcher: Di
     await asyncio.gather(*map(events, tickets))
 
 
+async def test_readers_of_all_requests_go_on_by_turns(workers: list[Worker]) -> None:
+    dispatcher = Dispatcher(workers, max_waiting=99, max_waiting_tokens=5000)
+    tickets = [dispatcher.submit(request(1), 3) for _ in range(40)]
+    readers = [asyncio.create_task(ticket.events.get()) for ticket in tickets]
+    await asyncio.sleep(0)
+    for ticket in tickets:
+        ticket.take(NewToken(id=ticket.id, token=1))
+    done = [0]
+    while done[-1] < len(readers):
+        await asyncio.sleep(0)
+        done.append(sum(reader.done() for reader in readers))
+    assert max(later - sooner for sooner, later in itertools.pairwise(done)) == 16
+    for ticket in tickets:
+        dispatcher.release(ticket)
+    await asyncio.gather(*map(until_idle, workers))
+
+
 async def test_a_request_goes_to_the_worker_that_has_room(dispatcher: Dispatcher) -> None:
     big = dispatcher.submit(request(600), BIG)
     others = [dispatcher.submit(request(5), 3) for _ in range(4)]
