@@ -28,7 +28,7 @@ async def status_of_a_late_call() -> grpc.StatusCode:
         # The server asks for one call ahead: the others wait.
         calls = [stub.GetModelInfo.future(pb.GetModelInfoRequest()) for _ in range(4)]
         time.sleep(LATE)  # noqa: ASYNC251 - that is what a busy loop does
-        codes = [await asyncio.to_thread(call.code) for call in calls]
+        codes: list[grpc.StatusCode] = [await asyncio.to_thread(call.code) for call in calls]
     await rpc.stop(0)
     return codes[-1]
 
