@@ -80,8 +80,15 @@ async def events(ticket: Ticket) -> list[TicketEvent]:
 
 
 async def until_idle(worker: Worker) -> None:
-    async with asyncio.timeout(5):
-        while worker.pool is None or worker.pool.reserved or worker.tickets:
+    """Waits until a last request has ended: by then the worker has taken, and reported, all that was sent before it."""
+    async with asyncio.timeout(30):
+        while not worker.serving or worker.tickets:
+            await asyncio.sleep(0.01)
+        last = Ticket(request(1), 3, worker, queued=False, most_pages=3)
+        worker.tickets[last.id] = last
+        worker.send(last.message)
+        await events(last)
+        while worker.pool is None or worker.pool.reserved:
             await asyncio.sleep(0.01)
 
 
