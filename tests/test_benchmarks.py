@@ -17,11 +17,7 @@ from benchmarks import (
     concurrency_gpu,
     dtype_cpu,
     equal_pool,
-    front,
-    front_model,
-    observed,
     plot,
-    restart,
     throughput,
 )
 from benchmarks._load import Load, Outcome
@@ -224,33 +220,6 @@ def test_random_prompts_leave_out_special_tokens() -> None:
     assert {token for ids in load(20).prompts() for token in ids} == {1, 2, 3, 4, 6, 7}
 
 
-def test_front_measures_the_engine_alone_and_behind_grpc(tmp_path: Path) -> None:
-    front.main(["--streams", "6", "--tokens", "20", "--step-seconds", "0.01", "0", "--out", str(tmp_path)])
-    paces = json.loads((tmp_path / "front.json").read_text())["paces"]
-    assert [(pace["path"], pace["step_seconds"]) for pace in paces] == [
-        ("engine", 0.01),
-        ("grpc", 0.01),
-        ("engine", 0.0),
-        ("grpc", 0.0),
-    ]
-    for pace in paces:
-        assert pace["tokens"] == 6 * 20
-        assert 6 <= pace["messages"] <= pace["tokens"]
-        assert pace["cpu_us_per_token"] > 0
-    assert all(pace["seconds"] > 18 * 0.01 for pace in paces[:2])
-
-
-def test_front_model_compares_grpc_with_the_engine_of_the_same_worker(tmp_path: Path) -> None:
-    size = ("--streams", "6", "--prompt-tokens", "8", "--new-tokens", "20")
-    front_model.main([*TINY, *ON_CPU, *size, "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "front_model.json").read_text())
-    paces = result["paces"]
-    assert [pace["path"] for pace in paces] == ["engine", "grpc", "grpc", "engine"]
-    assert [pace["tokens"] for pace in paces] == [6 * 20] * 4
-    first, second, third, fourth = (pace["tokens_per_second"] for pace in paces)
-    assert result["grpc_over_engine"] == pytest.approx((second + third) / (first + fourth))
-
-
 def outcome(*arrivals: float, counts: tuple[int, ...] = ()) -> Outcome:
     return Outcome(
         arrivals=array("d", arrivals),
@@ -327,27 +296,6 @@ def test_streams_are_measured_and_drawn_under_both_policies(tmp_path: Path) -> N
         for run in line["runs"]:
             assert run["prompts_in"]["output_tokens_per_second"] > 0
     assert (tmp_path / "concurrency_gpu.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_observed_runs_with_everything_off_and_on(tmp_path: Path) -> None:
-    observed.main(["--streams", "3", "--tokens", "5", "--repeats", "1", "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "observed.json").read_text())
-    off, on = result["runs"]
-    assert (off["observed"], off["spans"]) == (False, 0)
-    # A call, its queue, prefill and decode.
-    assert (on["observed"], on["spans"], on["tokens"]) == (True, 4 * 3, 15)
-    assert result["observed_over_not"]["tokens_per_second"] == on["tokens_per_second"] / off["tokens_per_second"]
-
-
-def test_restart_finds_the_stream_whole_and_the_server_back(tmp_path: Path) -> None:
-    tiny = ("--model", "random:tiny-llama", "--dtype", "float32", "--threads", "1")
-    restart.main([*tiny, "--repeats", "1", "--tokens", "40", "--settled", "0", "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "restart.json").read_text())
-    (kill,) = result["kills"]
-    assert 0 < kill["serving_seconds"] < result["first_start_seconds"]
-    assert kill["next_token_seconds"] > 0
-    memory = result["memory_mib"]
-    assert memory["worker_own"] < memory["worker_resident"]
 
 
 def test_types_on_a_cpu_are_compared_with_what_auto_chooses(tmp_path: Path) -> None:
