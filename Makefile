@@ -25,8 +25,9 @@ $(READY): requirements.lock pyproject.toml client/pyproject.toml scripts/setup.s
 serve: $(READY) ## Start the server; flags go into ARGS="--model ... --port ..."
 	@exec $(BIN)/d2o-serve $(ARGS)
 
-test: $(READY) ## Run the tests; pytest's flags go into ARGS
-	@$(BIN)/python -m pytest $(ARGS)
+# A file's tests share servers, so one process runs them all; tests/conftest.py has the order.
+test: $(READY) ## Run the tests, on up to four cores; pytest's flags go into ARGS
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 load: $(READY) ## Load a tiny server with Locust, report in load-report/; its flags go into ARGS
 	@$(BIN)/python -m tests.load.run $(ARGS)
