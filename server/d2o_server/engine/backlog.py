@@ -66,7 +66,7 @@ class Backlog:
         Raises:
             Overloaded: with the time at which half of the queue, or as much as is in the way, should be admitted.
         """
-        queue = [ticket for worker in self._workers for ticket in worker.tickets.values() if _queued(ticket)]
+        queue = [ticket for worker in self._workers for ticket in worker.waiting.values() if ticket.queued]
         if len(queue) >= self._max_waiting:
             seconds = self._seconds_until_admitted(max(1, len(queue) // 2), 0)
             raise errors.Overloaded(f"the queue is full ({len(queue)} requests wait)", _milliseconds(seconds))
@@ -101,7 +101,7 @@ class Backlog:
 
     def _admissions(self, worker: Worker) -> list[Admission]:
         running = [ticket for ticket in worker.tickets.values() if not ticket.waiting]
-        waiting = sorted((ticket for ticket in worker.tickets.values() if ticket.waiting), key=lambda t: t.message.due)
+        waiting = sorted(worker.waiting.values(), key=lambda ticket: ticket.message.due)
         return admissions(
             worker.free_pages,
             worker.settings.max_sequences - len(running),
@@ -112,10 +112,6 @@ class Backlog:
     def _holding(self, ticket: Ticket) -> Holding:
         held = 0.0 if ticket.admitted is None else self._clock() - ticket.admitted
         return Holding(self._pace.seconds_left(ticket.message.max_new_tokens, held), ticket.pages)
-
-
-def _queued(ticket: Ticket) -> bool:
-    return ticket.waiting and ticket.queued
 
 
 def _milliseconds(seconds: float) -> int:

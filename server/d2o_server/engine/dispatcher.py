@@ -48,11 +48,11 @@ class Dispatcher:
     @property
     def waiting(self) -> list[Ticket]:
         """Requests that no worker has admitted yet."""
-        return [ticket for worker in self.workers for ticket in worker.tickets.values() if ticket.waiting]
+        return [ticket for worker in self.workers for ticket in worker.waiting.values()]
 
     @property
     def running(self) -> int:
-        return sum(not ticket.waiting for worker in self.workers for ticket in worker.tickets.values())
+        return sum(len(worker.tickets) - len(worker.waiting) for worker in self.workers)
 
     def submit(
         self,
@@ -93,7 +93,7 @@ class Dispatcher:
             events=Mailbox(self._turns),
             owner=owner,
         )
-        worker.tickets[ticket.id] = ticket
+        worker.take(ticket)
         worker.send(message)
         return ticket
 
@@ -109,8 +109,10 @@ class Dispatcher:
     def worker_died(self, worker: Worker) -> None:
         """Gives its requests to another worker where one serves; those that have seen too many die end."""
         for ticket in list(worker.tickets.values()):
-            if not ticket.worker_died():
-                del worker.tickets[ticket.id]
+            if ticket.worker_died():
+                worker.take(ticket)
+            else:
+                worker.drop(ticket.id)
                 reason = f"{MOST_DEATHS} workers in a row died while they ran the request and brought it no further"
                 ticket.end(Failed(ticket.id, errors.WorkerDied.__name__, reason))
         self._hand_over([worker])
@@ -131,12 +133,12 @@ class Dispatcher:
             (ticket for origin in origins for ticket in origin.tickets.values()), key=lambda ticket: ticket.sent
         )
         # Before any is sent: one that serves again is an origin, too, and what it gets now it does know.
-        for origin in origins:
-            origin.tickets = {}
+        for ticket in tickets:
+            ticket.worker.drop(ticket.id)
         for ticket in tickets:
             worker = self._roomiest(ticket.pages) or ticket.worker
             ticket.worker, ticket.queued = worker, not worker.fits(ticket.pages)
-            worker.tickets[ticket.id] = ticket
+            worker.take(ticket)
             worker.send(ticket.continuation())
             if ticket.stopping:
                 worker.send(Stop(ticket.id))
@@ -146,7 +148,7 @@ class Dispatcher:
     def release(self, ticket: Ticket) -> None:
         """Ends a request's stay: cancels it unless it has ended. Its pages are free within one step."""
         if not ticket.done:
-            ticket.worker.tickets.pop(ticket.id, None)
+            ticket.worker.drop(ticket.id)
             ticket.done = True
             ticket.worker.send(Cancel(ticket.id))
         self.backlog.ended(ticket)

@@ -206,7 +206,7 @@ def _worker_load(worker: Worker) -> WorkerLoad:
         serving=worker.serving,
         pages_total=worker.pool.total if worker.pool else 0,
         pages_free=worker.free_pages,
-        running=sum(not ticket.waiting for ticket in worker.tickets.values()),
+        running=len(worker.tickets) - len(worker.waiting),
         restarts=worker.restarts,
     )
 

@@ -49,10 +49,11 @@ _STARTUP_ERRORS = {kind.__name__: kind for kind in (errors.StartupError, errors.
 class Worker:
     """One worker process and its socket. A process that dies or hangs is started again as ``supervision`` says.
 
-    ``tickets`` are the requests that it has and that have not ended; ``pool`` is as of its last report, and None, as
-    are ``ready`` and ``cache``, while no process serves. ``read_tokens`` and ``generated_tokens`` count over all of its
-    lives, each of which has pool and type of the first: what was admitted then must still fit. ``given_up`` says why
-    it is not started again. ``environment`` is added to what the process inherits; ``module`` is what it runs.
+    ``tickets`` are the requests that it has and that have not ended, ``waiting`` those of them that it has not
+    admitted; ``pool`` is as of its last report, and None, as are ``ready`` and ``cache``, while no process serves.
+    ``read_tokens`` and ``generated_tokens`` count over all of its lives, each of which has pool and type of the first:
+    what was admitted then must still fit. ``given_up`` says why it is not started again. ``environment`` is added to
+    what the process inherits; ``module`` is what it runs.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Worker:
         self.pool: PoolState | None = None
         self.cache: CacheState | None = None
         self.tickets: dict[str, Ticket] = {}
+        self.waiting: dict[str, Ticket] = {}
         self.restarts = self.read_tokens = self.generated_tokens = 0
         self.keeper: Keeper | None = None
         self.given_up: str | None = None
@@ -102,11 +104,22 @@ class Worker:
     @property
     def room(self) -> int:
         """Free pages less what the requests that it has not admitted yet will take; negative where they wait."""
-        return self.free_pages - sum(ticket.pages for ticket in self.tickets.values() if ticket.waiting)
+        return self.free_pages - sum(ticket.pages for ticket in self.waiting.values())
 
     def fits(self, pages: int) -> bool:
         """Whether a request that needs this many pages would be admitted in the next step."""
         return pages <= self.room and len(self.tickets) < self.settings.max_sequences
+
+    def take(self, ticket: Ticket) -> None:
+        """Has it among its requests; what the process is told of it is another matter."""
+        self.tickets[ticket.id] = ticket
+        if ticket.waiting:
+            self.waiting[ticket.id] = ticket
+
+    def drop(self, ticket_id: str) -> Ticket | None:
+        """Has it no longer; returns it, if it was there."""
+        self.waiting.pop(ticket_id, None)
+        return self.tickets.pop(ticket_id, None)
 
     async def start(self) -> Ready:
         """Starts the process and waits until it serves.
@@ -263,6 +276,7 @@ class Worker:
         self.generated_tokens += len(report.tokens)
         for admitted in report.admitted:
             ticket = self.tickets.get(admitted.id)
+            self.waiting.pop(admitted.id, None)
             if ticket is not None and ticket.admit(admitted):
                 self.read_tokens += len(ticket.message.prompt)
         for token in report.tokens:
@@ -273,7 +287,7 @@ class Worker:
             self._end(last)
 
     def _end(self, last: Ended | Failed) -> None:
-        if ticket := self.tickets.pop(last.id, None):
+        if ticket := self.drop(last.id):
             ticket.end(last)
 
 

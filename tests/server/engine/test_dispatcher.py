@@ -53,6 +53,7 @@ async def dispatcher(workers: list[Worker]) -> AsyncIterator[Dispatcher]:
     made = Dispatcher(workers, max_waiting=1, max_waiting_tokens=50)
     yield made
     for worker in workers:
+        assert worker.waiting == {ticket.id: ticket for ticket in worker.tickets.values() if ticket.waiting}
         for ticket in list(worker.tickets.values()):
             made.release(ticket)
         await until_idle(worker)
@@ -85,7 +86,7 @@ async def until_idle(worker: Worker) -> None:
         while not worker.serving or worker.tickets:
             await asyncio.sleep(0.01)
         last = Ticket(request(1), 3, worker, queued=False, most_pages=3)
-        worker.tickets[last.id] = last
+        worker.take(last)
         worker.send(last.message)
         await events(last)
         while worker.pool is None or worker.pool.reserved:

@@ -52,6 +52,8 @@ async def workers(count: int, mood: Path, restarts: int) -> AsyncIterator[Dispat
     await asyncio.gather(*(worker.start() for worker in made))
     try:
         yield Dispatcher(made, max_waiting=100, max_waiting_tokens=100_000)
+        for worker in made:
+            assert worker.waiting == {ticket.id: ticket for ticket in worker.tickets.values() if ticket.waiting}
     finally:
         await asyncio.gather(*(worker.stop() for worker in made))
 
