@@ -27,6 +27,7 @@ from d2o_server.engine.observer import Observer
 from d2o_server.engine.types import Chunk, GenerationRequest, SamplingParams
 from d2o_server.engine.worker_client import Worker
 from d2o_server.garbage import calm_garbage_collector
+from d2o_server.rpc.event_loop import EventLoop
 from d2o_server.rpc.server import RpcServer, RpcSettings
 from d2o_server.settings import worker_settings
 from d2o_server.tokenizer import Tokenizer
@@ -167,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=list(PATHS))
     parsed = parser.parse_args(arguments)
-    paces = asyncio.run(run(parsed))
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        paces = runner.run(run(parsed))
     settings: dict[str, Any] = {"streams": parsed.streams, "tokens": parsed.tokens}
     path = _cli.write_json(parsed.out, "front", {"settings": settings, "paces": [asdict(pace) for pace in paces]})
     print_paces(paces)

@@ -27,6 +27,7 @@ from benchmarks.front import replaying_engine
 from d2o_client import AsyncClient
 from d2o_server.engine.engine import LocalEngine
 from d2o_server.garbage import calm_garbage_collector
+from d2o_server.rpc.event_loop import EventLoop
 from d2o_server.rpc.server import RpcServer, RpcSettings
 
 _VOCABULARY, _PROMPT_TOKENS = 512, 16
@@ -122,14 +123,15 @@ async def measure(streams: int, parsed: argparse.Namespace) -> Waits:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark, writes JSON and prints a table."""
     parser = _cli.parser(__doc__ or "")
-    parser.add_argument("--streams", type=int, nargs="+", default=[0, 256, 512], help="that run meanwhile")
-    parser.add_argument("--tokens", type=int, default=3000, help="of each stream, so that it outlasts the calls")
-    parser.add_argument("--step-seconds", type=float, default=0.03, help="of the worker; a token a stream in each")
+    parser.add_argument("--streams", type=int, nargs="+", default=[0, 64, 256, 512], help="that run meanwhile")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of each stream, so that it outlasts the calls")
+    parser.add_argument("--step-seconds", type=float, default=0.004, help="of the worker; a token a stream in each")
     parser.add_argument("--burst", type=int, default=40, help="calls that are sent together")
     parser.add_argument("--rounds", type=int, default=10, help="of one call and then a burst")
     parsed = parser.parse_args(arguments)
     calm_garbage_collector()
-    waits = [asyncio.run(measure(streams, parsed)) for streams in parsed.streams]
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        waits = [runner.run(measure(streams, parsed)) for streams in parsed.streams]
     chosen = ("tokens", "step_seconds", "burst", "rounds")
     result: dict[str, Any] = {
         "settings": {name: getattr(parsed, name) for name in chosen},

@@ -40,6 +40,7 @@ from benchmarks._serving import FULL_CACHE
 from benchmarks.front import replaying_engine
 from d2o_server.garbage import calm_garbage_collector
 from d2o_server.rpc.api_keys import new_key
+from d2o_server.rpc.event_loop import EventLoop
 from d2o_server.rpc.interceptors import current_ids
 from d2o_server.rpc.server import RpcServer, RpcSettings
 from d2o_server.settings import TelemetrySettings
@@ -232,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--step-seconds", type=float, default=0.008, help="0 is as fast as it goes")
     parser.add_argument("--repeats", type=int, default=14, help="runs of each kind")
     parsed = parser.parse_args(arguments)
-    runs = asyncio.run(run(parsed))
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        runs = runner.run(run(parsed))
     ratios = {name: ratio(runs, name) for name in ("tokens_per_second", "cpu_us_per_token")}
     chosen = ("streams", "tokens", "step_seconds", "repeats")
     result: dict[str, Any] = {

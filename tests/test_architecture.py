@@ -54,7 +54,7 @@ TABLE = {
     "d2o_client": Row(("d2o_client", "d2o_inference", "grpc", "google.protobuf")),
     "d2o_client._cli": Row(("d2o_client",)),
     "d2o_server": Row(()),
-    "d2o_server.__main__": Row(("d2o_server.app", *_SHARED)),
+    "d2o_server.__main__": Row(("d2o_server.app", "d2o_server.rpc.event_loop", *_SHARED)),
     "d2o_server.app": Row((ANYTHING,)),
     "d2o_server.garbage": Row(("d2o_server.engine.interface",)),
     "d2o_server.healthcheck": Row(("grpc", "grpc_health", *_SHARED)),

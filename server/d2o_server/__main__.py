@@ -8,6 +8,7 @@ import sys
 
 from d2o_server.app import configure_logs, serve
 from d2o_server.errors import StartupError, WorkersLost
+from d2o_server.rpc.event_loop import EventLoop
 from d2o_server.settings import Settings, from_arguments
 
 
@@ -16,7 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = from_arguments(sys.argv[1:] if arguments is None else arguments, os.environ)
         configure_logs(settings)
-        asyncio.run(serve(settings, _progress, lambda port: _listening(settings, port)))
+        with asyncio.Runner(loop_factory=EventLoop) as runner:
+            runner.run(serve(settings, _progress, lambda port: _listening(settings, port)))
     except (StartupError, WorkersLost) as error:
         print(f"d2o-serve: {error}", file=sys.stderr)
         return 1

@@ -135,7 +135,7 @@ async def test_readers_of_all_requests_go_on_by_turns(workers: list[Worker]) -> 
     while done[-1] < len(readers):
         await asyncio.sleep(0)
         done.append(sum(reader.done() for reader in readers))
-    assert max(later - sooner for sooner, later in itertools.pairwise(done)) == 16
+    assert max(later - sooner for sooner, later in itertools.pairwise(done)) == 8
     for ticket in tickets:
         dispatcher.release(ticket)
     await asyncio.gather(*map(until_idle, workers))
