@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.set_defaults(model="random:tiny-llama", dtype="float32", threads=1)
     parser.add_argument("--streams", type=int, default=1000, help="at once")
     parser.add_argument("--slow", type=int, default=200, help="of them read one byte a second")
-    parser.add_argument("--tokens", type=int, default=400, help="of each stream")
+    parser.add_argument("--tokens", type=int, default=300, help="of each stream")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs with and without slow readers")
     parsed = parser.parse_args(arguments)
     if not 0 < parsed.slow < parsed.streams:
