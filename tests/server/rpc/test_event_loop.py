@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
+from d2o_server import __main__
+from d2o_server.rpc import event_loop
 from d2o_server.rpc.event_loop import EventLoop
 
 _METHOD = "/test.Echo/Echo"
@@ -63,6 +66,29 @@ def test_a_busy_loop_takes_all_that_is_there(
     with asyncio.Runner(loop_factory=make) as runner:
         rounds = runner.run(_rounds_until_all_have_ended(target))
     assert (rounds < 100) is few, rounds
+
+
+def test_the_server_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def serve(*_: object) -> None:
+        loops.append(asyncio.get_running_loop())
+
+    monkeypatch.setattr(__main__, "serve", serve)
+    monkeypatch.setattr(__main__, "configure_logs", lambda _: None)
+    assert __main__.main([]) == 0
+    assert [type(loop) for loop in loops] == [EventLoop]
+
+
+@pytest.mark.parametrize(("waiting", "left"), [(0, []), (1, [b"1"]), (200, [b"1"])])
+def test_one_byte_is_left_to_the_handler_which_is_called_where_there_is_one(waiting: int, left: list[bytes]) -> None:
+    seen: list[bytes] = []
+    woken, waker = socket.socketpair()
+    with woken, waker:
+        woken.setblocking(False)
+        waker.send(b"1" * waiting)
+        event_loop._after_draining(woken, lambda: seen.append(woken.recv(1000)))()
+    assert seen == left
 
 
 def test_other_readers_are_left_alone() -> None:
