@@ -137,12 +137,12 @@ class D2OConfig:
     min_budget: int = 1024
     budget_tokens: int | None = None
     sinks: int = 4
-    recent_share: float = 0.1
+    recent_share: float = 0.3
     recent_tokens: int | None = None
     window_queries: int = 32
     window_pool: int = 16
     window_ahead: int | None = 3
-    window_quota: float = 0.6
+    window_quota: float = 0.5
     window_blend: float = 0.0
     recurrence_share: float = 0.25
     ranking: Ranking = Ranking.MEAN

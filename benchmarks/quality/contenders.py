@@ -16,6 +16,7 @@ _BITS = {"8-bit": 8, "d2o-8-bit": 8}
 # The default before docs/adr/0012.
 _BEFORE: dict[str, Any] = {
     "window_quota": 0.5,
+    "recent_share": 0.1,
     "window_pool": 7,
     "window_ahead": None,
     "layer_gain": 0.3,
@@ -33,7 +34,7 @@ _FORMS: dict[str, Callable[..., D2OConfig]] = {
     "d2o-uniform": lambda **budget: D2OConfig(layer_budgets=LayerBudgets.UNIFORM, **budget),
     "d2o-before": lambda **budget: D2OConfig(**_BEFORE, **budget),
     "d2o-no-recurrence": lambda **budget: D2OConfig(recurrence_share=0.0, **budget),
-    "d2o-no-window": lambda **budget: D2OConfig(window_quota=0.0, recent_share=0.25, **budget),
+    "d2o-no-window": lambda **budget: D2OConfig(window_quota=0.0, **budget),
     "d2o-no-bias": lambda **budget: D2OConfig(merge_bias=False, **budget),
     SCRAMBLED: D2OConfig,
     # Half of the bytes by rounding: the full cache, whatever the ratio, and the default.

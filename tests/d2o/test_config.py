@@ -92,7 +92,7 @@ def test_the_default_is_the_mass_conserving_row_with_a_window_quota() -> None:
     config = D2OConfig()
     assert (config.merge, config.threshold, config.ranking) == (Merge.CONSERVE, Threshold.PAPER, Ranking.MEAN)
     assert (config.layer_budgets, config.layer_gain) == (LayerBudgets.VARIANCE, 0.6)
-    assert (config.window_quota, config.recent_share, config.window_queries) == (0.6, 0.1, 32)
+    assert (config.window_quota, config.recent_share, config.window_queries) == (0.5, 0.3, 32)
     assert (config.window_pool, config.window_ahead, config.recurrence_share) == (16, 3, 0.25)
 
 

@@ -19,7 +19,7 @@ CONFIGS = {
     "window blend": D2OConfig(**SMALL, window_quota=0.0, window_blend=0.7),
     "sums, quota and blend": D2OConfig(**SMALL, ranking=Ranking.SUM, window_blend=0.3),
     "sums": D2OConfig.paper(**SMALL),
-    "quota of all": D2OConfig(**SMALL, window_quota=0.9),
+    "quota of all": D2OConfig(**SMALL, window_quota=0.9, recent_share=0.1),
     "one choice a layer": D2OConfig(**SMALL, heads=Scope.LAYER),
     "streaming": D2OConfig.of(Policy.STREAMING, sinks=2),
     "snapkv": D2OConfig.of(Policy.SNAPKV, window_queries=5, window_pool=3, window_ahead=None),
