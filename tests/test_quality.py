@@ -12,10 +12,10 @@ from benchmarks._cli import RESULTS
 from benchmarks._prompts import tokenizer
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import contenders, report, texts
-from benchmarks.quality.cases import agreement_cases, long_cases, text_cases
+from benchmarks.quality.cases import agreement_cases, long_cases, own_cases, text_cases
 from benchmarks.quality.probe import FULL, Contender, Probe, rounded
 from benchmarks.quality.retrieval import TASKS, retrieval_cases
-from benchmarks.quality.summary import PARTS, row
+from benchmarks.quality.summary import PARTS, REPEATED, own_row, row, said_before, summary
 from d2o.config import D2OConfig
 from d2o_server.engine.loss_table import RATIOS
 from d2o_server.engine.types import MaxLoss
@@ -192,10 +192,31 @@ def test_what_the_full_cache_says_is_what_it_would_choose(probe: Probe) -> None:
     assert probe.caches.pool.used_pages == 0
 
 
+def test_what_a_cache_says_itself_is_looked_through_for_what_it_said_before(probe: Probe) -> None:
+    once = list(range(20))
+    assert said_before([*once, *once]).tolist() == [False] * (20 + REPEATED - 1) + [True] * (20 - REPEATED + 1)
+    (case, *_) = own_cases(tokenizer(MODEL), per_kind=1, prompt=120, follow=40, folder=None)
+    everyone = [Contender(name="full", config=FULL), TIGHT]
+    full, tight = probe.own_words(case.prompt, case.own, everyone, samples=2)
+    assert full[0].tokens != full[1].tokens != tight[1].tokens
+    assert full[0].slots == len(case.prompt) + case.own - 1
+    assert 32 <= tight[0].slots < 64
+    assert probe.caches.pool.used_pages == 0
+    # What it drew is as likely as the same model says when it is told to say it.
+    (forced,) = probe.run(case.prompt, full[0].tokens, [everyone[0]])
+    torch.testing.assert_close(full[0].loss, forced.loss, atol=1e-4, rtol=1e-4)
+    rows = [own_row(case, name, said) for name, said in (("full", full), ("tight@32", tight))]
+    assert rows[0]["repeated"] == pytest.approx(sum(rows[0]["repeated_by_part"]) / PARTS)
+    whole, less = summary(rows)
+    assert less["rise"] == pytest.approx(rows[1]["loss"] - rows[0]["loss"], abs=1e-4)
+    assert whole["repeated"] <= 1
+    assert "divergence" not in whole
+
+
 def test_a_run_that_is_started_again_goes_on_where_it_was(tmp_path: Path) -> None:
     arguments = ["--model", MODEL, "--threads", "1", "--texts", "1", "--questions", "1", "--prompt-tokens", "96"]
     arguments += ["--follow-tokens", "8", "--question-tokens", "900", "--ratios", "0.3", "--out", str(tmp_path)]
-    arguments += ["--tasks", "text", "multikey-inside", "agreement", "long", "--budgets", "40"]
+    arguments += ["--tasks", "text", "multikey-inside", "agreement", "long", "own", "--budgets", "40"]
     arguments += ["--agreement-tokens", "6", "--long-tokens", "64", "24"]
     assert quality.main([*arguments, "--contenders", "h2o"]) == 0
     log = tmp_path / "quality.log.jsonl"
@@ -203,10 +224,10 @@ def test_a_run_that_is_started_again_goes_on_where_it_was(tmp_path: Path) -> Non
     assert quality.main([*arguments, "--contenders", "h2o", "d2o"]) == 0
     assert log.read_text().startswith(first)
     added = [json.loads(line)["contender"] for line in log.read_text()[len(first) :].splitlines()]
-    assert sorted(added) == ["d2o@0.3"] * 12 + ["d2o@40"] * 4
+    assert sorted(added) == ["d2o@0.3"] * 12 + ["d2o@40"] * 8
     document = json.loads((tmp_path / "quality.json").read_text())
     rows = document["summary"]["all"]
-    assert {each["contender"] for each in rows if each["task"] != "long"} == {"full", "h2o@0.3", "d2o@0.3"}
+    assert {each["contender"] for each in rows if each["task"] not in ("long", "own")} == {"full", "h2o@0.3", "d2o@0.3"}
     assert all(each["rise"] == 0 for each in rows if each["contender"] == "full")
     kept = tmp_path / "cases.json"
     assert quality.main([*arguments, "--contenders", "h2o", "d2o", "--write-cases", str(kept)]) == 0
@@ -232,7 +253,7 @@ def test_a_run_that_is_started_again_goes_on_where_it_was(tmp_path: Path) -> Non
     parts = {each["contender"]: each["rise_by_part"] for each in rows if each["task"] == "long"}
     assert (set(parts), parts["full"]) == ({"full", "h2o@40", "d2o@40"}, [0.0] * PARTS)
     assert {each["depth"] for each in document["by_depth"]} <= {0.1, 0.35, 0.6, 0.85}
-    with pytest.raises(SystemExit, match="tasks: got 'sums', allowed are text, agreement, long, single-inside"):
+    with pytest.raises(SystemExit, match="tasks: got 'sums', allowed are text, agreement, long, own, single-inside"):
         quality.main([*arguments, "--tasks", "sums"])
 
 

@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from benchmarks import _cli
 from benchmarks._prompts import tokenizer
 from benchmarks.quality import contenders as policies
 from benchmarks.quality import retrieval
-from benchmarks.quality.cases import Case, agreement_cases, long_cases, read_cases, text_cases, write_cases
+from benchmarks.quality.cases import Case, agreement_cases, long_cases, own_cases, read_cases, text_cases, write_cases
 from benchmarks.quality.probe import Contender, Probe
-from benchmarks.quality.summary import Row, by, row, summary, table
+from benchmarks.quality.summary import Row, by, own_row, row, summary, table
 from benchmarks.quality.texts import CHOOSING, CONFIRMING
 from d2o_server.models.source import resolve
 
-TASKS = ("text", "agreement", "long", *retrieval.TASKS)
+TASKS = ("text", "agreement", "long", "own", *retrieval.TASKS)
 _HALVES = {"choosing": (CHOOSING,), "confirming": (CONFIRMING,), "both": (CHOOSING, CONFIRMING)}
 _DEFAULT_TASKS = ("text", "multikey-inside", "multikey-after")
 
@@ -80,17 +79,18 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--peers", type=Path, metavar="FILE", help="rows of another project; only its cases are run")
     made.add_argument("--tasks", nargs="+", default=_DEFAULT_TASKS, help=", ".join(TASKS))
     made.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.4, 0.2, 0.1], help="of the prompt")
-    made.add_argument("--budgets", type=int, nargs="+", default=[512], help="in slots, for the task long")
+    made.add_argument("--budgets", type=int, nargs="+", default=[512], help="in slots, for the tasks long and own")
     made.add_argument("--contenders", nargs="+", default=policies.DEFAULT, help=", ".join(policies.NAMES))
     made.add_argument(
         "--set", nargs="+", default=(), metavar="LABEL:POLICY:FIELD=VALUE,...", help="more contenders, of any D2OConfig"
     )
     made.add_argument("--half", choices=_HALVES, default="both", help="of each kind's text")
-    made.add_argument("--texts", type=int, default=10, help="of each kind, for text, agreement and long")
+    made.add_argument("--texts", type=int, default=10, help="of each kind, for text, agreement, long and own")
     made.add_argument("--prompt-tokens", type=int, default=3072, help="of text before what is predicted")
     made.add_argument("--follow-tokens", type=int, default=256, help="of text that are predicted")
     made.add_argument("--agreement-tokens", type=int, default=512, help="that the full cache says after a text")
     made.add_argument("--long-tokens", type=int, nargs=2, default=[512, 4096], help="of a short prompt and after it")
+    made.add_argument("--samples", type=int, default=4, help="of a contender's own words after a prompt")
     made.add_argument("--questions", type=int, default=10, help="of each kind of text and retrieval task")
     made.add_argument("--question-tokens", type=int, nargs="+", default=[2048], help="of texts with facts in them")
     made.add_argument("--text-folder", type=Path, help="each file of it is one more kind of text")
@@ -119,6 +119,9 @@ def _cases(options: Any) -> Iterator[Case]:
     if "long" in options.tasks:
         short, after = options.long_tokens
         yield from long_cases(made, prompt=short, follow=after, **text)
+    if "own" in options.tasks:
+        short, after = options.long_tokens
+        yield from own_cases(made, prompt=short, follow=after, **text)
 
 
 def _sizes(cases: Sequence[Case]) -> dict[str, Any]:
@@ -155,15 +158,24 @@ def _run_all(
                 contenders=options.batch,
                 device=options.device,
             )
-        said = replace(case, continuation=probe.greedy(case.prompt, case.greedy)) if case.greedy else case
-        traces = probe.run(said.prompt, said.continuation, missing)
         with log.open("a") as file:
-            for contender, trace in zip(missing, traces, strict=True):
-                made = row(case, contender.name, trace) | {"model": model}
-                known[case.key, contender.name] = made
+            for made in _rows(probe, case, missing, options.samples):
+                made["model"] = model
+                known[case.key, made["contender"]] = made
                 file.write(json.dumps(made) + "\n")
         print(f"quality: {number + 1} of {len(cases)} cases, {case.name}", file=sys.stderr, flush=True)
     return [known[case.key, each.name] for case, everyone in pairs for each in everyone]
+
+
+def _rows(probe: Probe, case: Case, contenders: Sequence[Contender], samples: int) -> list[Row]:
+    """One case's figures for each contender."""
+    names = [contender.name for contender in contenders]
+    if case.own:
+        words = probe.own_words(case.prompt, case.own, contenders, samples)
+        return [own_row(case, name, said) for name, said in zip(names, words, strict=True)]
+    continuation = probe.greedy(case.prompt, case.greedy) if case.greedy else case.continuation
+    traces = probe.run(case.prompt, continuation, contenders)
+    return [row(case, name, trace) for name, trace in zip(names, traces, strict=True)]
 
 
 def _logged(log: Path, model: str) -> dict[tuple[str, str], Row]:

@@ -1,4 +1,4 @@
-"""What is asked of a cache: the next tokens of real text, or those that the full cache would say."""
+"""What is asked of a cache: the next tokens of real text, those that the full cache would say, or words of its own."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from d2o_server.tokenizer import Tokenizer
 class Case:
     """A prompt, what follows it, and from which token of that on it counts. ``half`` chooses (0) or confirms (1).
 
-    Instead of a continuation, ``greedy`` tokens: what the full cache says. ``depth`` is where in the prompt the answer
-    is, from 0 to 1. With ``absolute`` it is for contenders of an absolute budget. ``size`` is how many tokens its
-    prompt was to have, which it has about.
+    Instead of a continuation, ``greedy`` tokens: what the full cache says; or ``own`` tokens: what each contender says
+    itself. ``depth`` is where in the prompt the answer is, from 0 to 1. With ``absolute`` it is for contenders of an
+    absolute budget. ``size`` is how many tokens its prompt was to have, which it has about.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Case:
     prompt: tuple[int, ...]
     continuation: tuple[int, ...] = ()
     greedy: int = 0
+    own: int = 0
     counts_from: int = 0
     depth: float | None = None
     absolute: bool = False
@@ -37,13 +38,13 @@ class Case:
     @property
     def key(self) -> str:
         """What its figures are logged under: they count for these very tokens alone."""
-        asked: tuple[object, ...] = (self.prompt, self.continuation, *([self.greedy] if self.greedy else []))
+        asked: tuple[object, ...] = (self.prompt, self.continuation, *(n for n in (self.greedy, self.own) if n))
         return f"{self.name}-{hashlib.sha256(repr(asked).encode()).hexdigest()[:12]}"
 
     @property
     def tokens(self) -> int:
         """Of prompt and continuation together."""
-        return len(self.prompt) + max(len(self.continuation), self.greedy)
+        return len(self.prompt) + max(len(self.continuation), self.greedy, self.own)
 
 
 def write_cases(path: Path, cases: Sequence[Case]) -> None:
@@ -83,6 +84,14 @@ def agreement_cases(
         for number, (half, ids) in enumerate(texts.of_model(found, tokenizer, tokens=prompt, count=per_kind)):
             name = f"agreement-{kind}-{prompt}-{number}"
             yield Case(name=name, task="agreement", kind=kind, half=half, size=prompt, prompt=ids, greedy=follow)
+
+
+def own_cases(tokenizer: Tokenizer, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
+    """What a cache says itself after a short prompt, at an absolute budget: does it begin to repeat itself?"""
+    for kind, found in texts.kinds(folder).items():
+        for number, (half, ids) in enumerate(texts.of_model(found, tokenizer, tokens=prompt, count=per_kind)):
+            name = f"own-{kind}-{prompt}-{number}"
+            yield Case(name=name, task="own", kind=kind, half=half, size=prompt, prompt=ids, own=follow, absolute=True)
 
 
 def _windows(

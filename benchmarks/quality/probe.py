@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.quality.trace import Trace
+from benchmarks.quality.trace import OwnWords, Trace
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.memory import reserve
-from d2o_server.engine.messages import Submit, WorkerSettings
+from d2o_server.engine.messages import NewToken, Submit, WorkerSettings
 from d2o_server.engine.scheduler import PrefillSlice, StepPlan
 from d2o_server.engine.sequence import Sequence
-from d2o_server.engine.types import SamplingParams
+from d2o_server.engine.types import CacheFacts, SamplingParams
 from d2o_server.models.describe import describe
 from d2o_server.models.source import resolve
 from d2o_server.worker.build import build_worker
@@ -30,6 +30,7 @@ from d2o_server.worker.prompt_scores import PromptScores
 
 FULL = D2OConfig(policy=Policy.NONE)
 _GREEDY = SamplingParams(ignore_end_of_text=True, logprobs=0)
+_DRAWN = SamplingParams(temperature=0.8, ignore_end_of_text=True, logprobs=0)
 _PAGE_SIZE = 16
 _CHUNK = 512
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -126,6 +127,48 @@ class Probe:
             said += [each.token for each in report.tokens]
         return tuple(said)
 
+    @torch.inference_mode()
+    def own_words(
+        self, prompt: Several[int], tokens: int, contenders: Several[Contender], samples: int
+    ) -> list[list[OwnWords]]:
+        """What each contender says after a prompt, ``samples`` times, drawn at temperature 0.8 past any end of text."""
+        drawn = [(each, f"{each.name} {sample}", sample) for each in contenders for sample in range(samples)]
+        for contender, name, sample in drawn:
+            asked = Submit(
+                id=name,
+                prompt=tuple(prompt),
+                sampling=_DRAWN,
+                seed=sample,
+                config=contender.config,
+                end_ids=(),
+                max_new_tokens=tokens,
+            )
+            self.core.handle(asked)
+        said: dict[str, list[NewToken]] = {name: [] for _, name, _ in drawn}
+        slots: dict[str, float] = {}
+        while self.core:
+            report = self.core.step()
+            if report.failed:
+                raise RuntimeError(f"{report.failed[0].id}: {report.failed[0].message}")
+            for token in report.tokens:
+                said[token.id].append(token)
+            slots |= {each.id: self._held(each.facts) for each in report.ended}
+        words = [
+            OwnWords(
+                tokens=tuple(each.token for each in said[name]),
+                loss=-torch.tensor([each.logprob for each in said[name]]),
+                slots=slots[name],
+            )
+            for _, name, _ in drawn
+        ]
+        return [words[first : first + samples] for first in range(0, len(words), samples)]
+
+    def _held(self, facts: CacheFacts) -> float:
+        """Slots that a layer of the whole context held at the end, on average."""
+        layers = zip(facts.layers, self.caches.shape.windows, strict=True)
+        held = [layer.kept for layer, window in layers if not window]
+        return sum(held) / len(held)
+
     def _groups(self, full: Contender, others: list[Contender]) -> Iterator[list[Contender]]:
         """What runs together: contenders that one reading serves, as many as have room; the full cache first."""
         together = [full]
@@ -159,10 +202,7 @@ class Probe:
         for copy in copies:
             facts = self.runner.close(copy)
             self.core.scheduler.remove(copy)
-            held = [
-                layer.kept for layer, window in zip(facts.layers, self.caches.shape.windows, strict=True) if not window
-            ]
-            traces[copy.id] = watched.trace(copy.id, sum(held) / len(held))
+            traces[copy.id] = watched.trace(copy.id, self._held(facts))
         return traces
 
     def _read(self, parent: Sequence) -> None:

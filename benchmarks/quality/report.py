@@ -19,6 +19,7 @@ _TASKS = {
     "text": "loss on text",
     "long": "loss on a long continuation",
     "agreement": "after the full cache's own words",
+    "own": "surprise at its own words",
     "single-inside": "one fact, question inside",
     "single-after": "one fact, question after",
     "multikey-inside": "question inside",
@@ -30,8 +31,22 @@ _TASKS = {
     "turns": "five turns",
 }
 
-_EXTRAS = {"hits": "hits", "prefix": "same tokens", "rise_by_part": "its eighths"}
-_FORMATS = {"hits": ".2f", "prefix": ".0f", "rise_by_part": ".2f"}
+_EXTRAS = {
+    "hits": "hits",
+    "prefix": "same tokens",
+    "divergence": "KL",
+    "rise_by_part": "its eighths",
+    "repeated": "said before",
+    "repeated_by_part": "its eighths",
+}
+_FORMATS = {
+    "hits": ".2f",
+    "prefix": ".0f",
+    "divergence": ".3f",
+    "rise_by_part": ".2f",
+    "repeated": ".3f",
+    "repeated_by_part": ".2f",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,8 +77,9 @@ def _table(result: dict[str, Any], part: str) -> str:
     tasks = [task for task in given if rows[task, "full"].get("counts", True)]
     weak = [f"{task} ({rows[task, 'full']['hits']:.2f})" for task in given if task not in tasks]
     head = ["policy@ratio", "slots a layer"]
+    extras = {task: [key for key in _EXTRAS if _shows(key, rows[task, "full"])] for task in tasks}
     for task in tasks:
-        head += [_TASKS[task], *(name for key, name in _EXTRAS.items() if key in rows[task, "full"])]
+        head += [_TASKS[task], *(_EXTRAS[key] for key in extras[task])]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in dict.fromkeys(contender for _, contender in rows if (tasks[0], contender) in rows):
         line = [name, f"{rows[tasks[0], name]['slots']:.0f}"]
@@ -71,7 +87,7 @@ def _table(result: dict[str, Any], part: str) -> str:
             row = rows[task, name]
             error = row["rise_error"] or 0.0
             line.append(f"{row['rise']:.3f} ± {error:.3f}" if name != "full" else f"{row['loss']:.3f} (loss itself)")
-            line += [_shown(row[key], _FORMATS[key]) for key in _EXTRAS if key in row]
+            line += [_shown(row[key], _FORMATS[key]) for key in extras[task]]
         lines.append("| " + " | ".join(line) + " |")
     cases = ", ".join(f"{rows[task, 'full']['cases']} of {task}" for task in tasks)
     machine = result["machine"]
@@ -87,6 +103,11 @@ def _table(result: dict[str, Any], part: str) -> str:
     left_out = f" Left out, because the full cache itself finds too few answers: {', '.join(weak)}." if weak else ""
     lines.append(f"\n{result['model']}, {result['dtype']}{on}; cases: {cases}; {prompts}; {run}.{left_out}\n")
     return "\n".join(lines)
+
+
+def _shows(key: str, row: dict[str, Any]) -> bool:
+    """Whether a table has a column for it; the divergence is told where the words are the full cache's."""
+    return key in row and (key != "divergence" or row["task"] == "agreement")
 
 
 def _shown(value: float | list[float], how: str) -> str:

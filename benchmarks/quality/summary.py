@@ -7,16 +7,21 @@ from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from benchmarks.quality.cases import Case
-from benchmarks.quality.trace import Trace
+from benchmarks.quality.trace import OwnWords, Trace
 
 # Tasks without an answer that is right or wrong.
-_WITHOUT_HITS = ("text", "agreement", "long")
+_WITHOUT_HITS = ("text", "agreement", "long", "own")
 # Below this share of hits with the full cache a retrieval task says nothing about compression.
 _LEAST_FULL_HITS = 0.3
 _DIGITS = 4
 # A long continuation is looked at in so many parts.
 PARTS = 8
+# Said before: so many tokens in a row, anywhere in what the contender has said so far.
+REPEATED = 8
 
 Row = dict[str, Any]
 
@@ -42,6 +47,43 @@ def row(case: Case, contender: str, trace: Trace) -> Row:
     if case.task == "long":
         made["loss_by_part"] = [float(part.mean()) for part in loss.tensor_split(PARTS)]
     return made
+
+
+def own_row(case: Case, contender: str, samples: Sequence[OwnWords]) -> Row:
+    """The figures of what one contender said itself, means over its samples.
+
+    ``repeated`` is the share of tokens that end a run of :data:`REPEATED` which it has said before.
+    """
+    before = [said_before(words.tokens) for words in samples]
+    return {
+        "case": case.key,
+        "task": case.task,
+        "kind": case.kind,
+        "half": case.half,
+        "prompt_tokens": case.size,
+        "depth": case.depth,
+        "contender": contender,
+        "loss": mean(float(words.loss.mean()) for words in samples),
+        "hit": False,
+        "repeated": mean(float(each.float().mean()) for each in before),
+        "repeated_by_part": _mean_of_parts([each.float().tensor_split(PARTS) for each in before]),
+        "slots": mean(words.slots for words in samples),
+    }
+
+
+def said_before(tokens: Sequence[int]) -> Tensor:
+    """Which tokens end a run of :data:`REPEATED` that also stands somewhere before: [tokens] bool."""
+    known: set[tuple[int, ...]] = set()
+    found = torch.zeros(len(tokens), dtype=torch.bool)
+    for end in range(REPEATED, len(tokens) + 1):
+        run = tuple(tokens[end - REPEATED : end])
+        found[end - 1] = run in known
+        known.add(run)
+    return found
+
+
+def _mean_of_parts(samples: Sequence[Sequence[Tensor]]) -> list[float]:
+    return [mean(float(part.mean()) for part in parts) for parts in zip(*samples, strict=True)]
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
@@ -72,11 +114,13 @@ def summary(rows: Sequence[Row]) -> list[Row]:
                 entry["prefix"], entry["prefix_error"] = _mean_and_error(row["prefix"] for row in own)
             if "loss_by_part" in own[0]:
                 entry["rise_by_part"] = _rise_by_part(own, full)
-            entry |= {
-                "divergence": _mean(row["divergence"] for row in own),
-                "slots": _mean(row["slots"] for row in own),
-            }
-            made.append(entry | {"counts": counts})
+            if "repeated" in own[0]:
+                entry["repeated"], entry["repeated_error"] = _mean_and_error(row["repeated"] for row in own)
+                parts = zip(*(row["repeated_by_part"] for row in own), strict=True)
+                entry["repeated_by_part"] = [_mean(part) for part in parts]
+            if "divergence" in own[0]:
+                entry["divergence"] = _mean(row["divergence"] for row in own)
+            made.append(entry | {"slots": _mean(row["slots"] for row in own), "counts": counts})
     return made
 
 
@@ -97,7 +141,8 @@ def table(rows: Sequence[Row]) -> str:
         ("+-", 8, lambda row: "" if row["rise_error"] is None else f"{row['rise_error']:.3f}"),
         ("hits", 7, lambda row: f"{row['hits']:.2f}" if "hits" in row else ""),
         ("prefix", 8, lambda row: f"{row['prefix']:.0f}" if "prefix" in row else ""),
-        ("KL", 8, lambda row: f"{row['divergence']:.3f}"),
+        ("KL", 8, lambda row: f"{row['divergence']:.3f}" if "divergence" in row else ""),
+        ("again", 8, lambda row: f"{row['repeated']:.3f}" if "repeated" in row else ""),
         ("slots", 8, lambda row: f"{row['slots']:.0f}"),
     )
     lines = [f"{'task':18}{'policy':22}" + "".join(f"{name:>{width}}" for name, width, _ in columns)]

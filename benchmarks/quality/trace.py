@@ -19,3 +19,15 @@ class Trace:
     hit: Tensor
     divergence: Tensor
     slots: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnWords:
+    """What one contender said when nobody told it what to say; ``slots`` as in :class:`Trace`.
+
+    ``tokens`` are those it drew, ``loss`` [tokens] float32 the negative log-likelihood that it gave each, in nats.
+    """
+
+    tokens: tuple[int, ...]
+    loss: Tensor
+    slots: float
