@@ -13,6 +13,8 @@ _RANGE_SLACK = 1e-6
 _SMALLEST_VARIANCE = 1e-30
 _MOST_RATIO = 1.0
 _LEAST_POWER = 1e-12
+# Log variances of layers that deviate by less than this are not stretched to it (docs/adr/0018).
+_LEAST_DEVIATION = 1.0
 
 
 def density(colsums: Tensor, config: D2OConfig) -> Tensor:
@@ -50,8 +52,9 @@ def weights(densities: Sequence[float], config: D2OConfig) -> list[float]:
     """Each layer's share of the budget; they sum to 1 and do not depend on the order of layers.
 
     ``paper``: softmax of minus the density (eq. 4). ``variance``: softmax of ``layer_gain`` times the standardised
-    density, so that spiky layers get more (ALGORITHM 4b). Densities that are no numbers count as the mean of the
-    others, infinite ones as the nearest finite one.
+    density, so that spiky layers get more (ALGORITHM 4b); the standard deviation counts as 1 at least, so that layers
+    which are nearly alike get nearly alike. Densities that are no numbers count as the mean of the others, infinite
+    ones as the nearest finite one.
     """
     finite = _finite(densities)
     if config.layer_budgets is LayerBudgets.UNIFORM:
@@ -61,7 +64,7 @@ def weights(densities: Sequence[float], config: D2OConfig) -> list[float]:
     else:
         mean = math.fsum(finite) / len(finite)
         deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / len(finite))
-        logits = [config.layer_gain * (value - mean) / deviation if deviation else 0.0 for value in finite]
+        logits = [config.layer_gain * (value - mean) / max(deviation, _LEAST_DEVIATION) for value in finite]
     highest = max(logits)
     powers = [max(math.exp(logit - highest), _LEAST_POWER) for logit in logits]
     total = math.fsum(powers)

@@ -118,7 +118,8 @@ class D2OConfig:
             end (:mod:`d2o.recurrence`), in [0, 1]; part of the window's quota, and without one nothing.
         ranking: rank by mean or by summed attention.
         score_queries: which prompt queries are summed over.
-        layer_budgets: the division over layers; ``layer_gain`` is the gain of ``variance``.
+        layer_budgets: the division over layers; ``layer_gain`` is the gain of ``variance``, over layers whose log
+            variances deviate by 1 or more; over layers that are more alike it is less.
         layer_floor: lower bound of a layer's budget as a share of the prompt (paper: 0.01).
         dense_layers: layers that stay uncompressed; the others pay for them.
         heads: each KV head chooses its own survivors, or one choice is shared by a layer.

@@ -31,6 +31,8 @@ _TASKS = {
     "turns": "five turns",
 }
 
+# Instead of a part of the cases: what each loses more than the default, case by case, and not more than the full cache.
+_PAIRED = "over the default"
 _EXTRAS = {
     "hits": "hits",
     "prefix": "same tokens",
@@ -65,12 +67,13 @@ def filled(page: str, results: Path) -> str:
 
     def table(found: re.Match[str]) -> str:
         result = json.loads((results / f"{found[2]}.json").read_text())
-        return found[1] + _table(result, found[3] or "all") + found[4]
+        paired = found[3] == _PAIRED
+        return found[1] + _table(result, "all" if paired else found[3] or "all", paired) + found[4]
 
     return _MARKS.sub(table, page)
 
 
-def _table(result: dict[str, Any], part: str) -> str:
+def _table(result: dict[str, Any], part: str, paired: bool) -> str:
     """One row a contender: its rise of loss with its standard error in each task, hits where there are answers."""
     rows = {(row["task"], row["contender"]): row for row in result["summary"][part]}
     given = [task for task in _TASKS if any(row[0] == task for row in rows)]
@@ -85,8 +88,7 @@ def _table(result: dict[str, Any], part: str) -> str:
         line = [name, f"{rows[tasks[0], name]['slots']:.0f}"]
         for task in tasks:
             row = rows[task, name]
-            error = row["rise_error"] or 0.0
-            line.append(f"{row['rise']:.3f} ± {error:.3f}" if name != "full" else f"{row['loss']:.3f} (loss itself)")
+            line.append(_loss(row, paired))
             line += [_shown(row[key], _FORMATS[key]) for key in extras[task]]
         lines.append("| " + " | ".join(line) + " |")
     cases = ", ".join(f"{rows[task, 'full']['cases']} of {task}" for task in tasks)
@@ -103,6 +105,14 @@ def _table(result: dict[str, Any], part: str) -> str:
     left_out = f" Left out, because the full cache itself finds too few answers: {', '.join(weak)}." if weak else ""
     lines.append(f"\n{result['model']}, {result['dtype']}{on}; cases: {cases}; {prompts}; {run}.{left_out}\n")
     return "\n".join(lines)
+
+
+def _loss(row: dict[str, Any], paired: bool) -> str:
+    if row["contender"] == "full":
+        return f"{row['loss']:.3f} (loss itself)"
+    if paired and "over_d2o" in row:
+        return f"{row['over_d2o']:+.3f} ± {row['over_d2o_error'] or 0.0:.3f}"
+    return f"{row['rise']:.3f} ± {row['rise_error'] or 0.0:.3f}" + " (over the full cache)" * paired
 
 
 def _shows(key: str, row: dict[str, Any]) -> bool:

@@ -171,7 +171,7 @@ def test_a_step_that_raises_spares_requests_that_were_not_in_it() -> None:
 def test_out_of_memory_costs_the_newest_prompt_of_the_step_only(config: D2OConfig, call: int) -> None:
     """Prompts of 70, 100, 30 and 200 tokens are read 64 at a time: at every call shown, one is being read."""
     # Steps of other sizes round otherwise (1e-5 of logits): these prompts have no eviction that hangs on so little.
-    prompts = random_prompts((70, 100, 30, 200), seed=8)
+    prompts = random_prompts((70, 100, 30, 200), seed=1)
     expected = generate(prompts, config)
     harness = Harness()
     for index, prompt in enumerate(prompts):
