@@ -26,10 +26,8 @@ REPEATED = 8
 Row = dict[str, Any]
 
 
-def row(case: Case, contender: str, trace: Trace) -> Row:
-    """The figures of one contender in one case, as they are logged."""
-    loss, hit, divergence = (values[case.counts_from :] for values in (trace.loss, trace.hit, trace.divergence))
-    made: Row = {
+def _about(case: Case, contender: str) -> Row:
+    return {
         "case": case.key,
         "task": case.task,
         "kind": case.kind,
@@ -37,6 +35,13 @@ def row(case: Case, contender: str, trace: Trace) -> Row:
         "prompt_tokens": case.size,
         "depth": case.depth,
         "contender": contender,
+    }
+
+
+def row(case: Case, contender: str, trace: Trace) -> Row:
+    """The figures of one contender in one case, as they are logged."""
+    loss, hit, divergence = (values[case.counts_from :] for values in (trace.loss, trace.hit, trace.divergence))
+    made = _about(case, contender) | {
         "loss": float(loss.mean()),
         "hit": bool(hit.all()),
         "divergence": float(divergence.mean()),
@@ -55,14 +60,7 @@ def own_row(case: Case, contender: str, samples: Sequence[OwnWords]) -> Row:
     ``repeated`` is the share of tokens that end a run of :data:`REPEATED` which it has said before.
     """
     before = [said_before(words.tokens) for words in samples]
-    return {
-        "case": case.key,
-        "task": case.task,
-        "kind": case.kind,
-        "half": case.half,
-        "prompt_tokens": case.size,
-        "depth": case.depth,
-        "contender": contender,
+    return _about(case, contender) | {
         "loss": mean(float(words.loss.mean()) for words in samples),
         "hit": False,
         "repeated": mean(float(each.float().mean()) for each in before),
