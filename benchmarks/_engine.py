@@ -17,6 +17,7 @@ from d2o_server.engine.sequence import Stage
 from d2o_server.engine.types import SamplingParams
 from d2o_server.worker.build import BuiltWorker, build_worker
 from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.runner import Scored
 
 _RANDOM_SEED = 7
 _PAGES_AT_ONCE = 1 << 14
@@ -113,7 +114,7 @@ def time_steps(core: WorkerCore, *, steps: int, warm_up: int = 8) -> Steps:
     for _ in range(steps):
         began = time.perf_counter()
         plan = core.scheduler.plan()
-        launched = core.runner.launch(plan, set())
+        launched = core.runner.launch(plan, Scored())
         core.scheduler.launched(plan)
         host += time.perf_counter() - began
         core._under_way.append(launched)

@@ -195,9 +195,9 @@ def test_what_the_full_cache_says_is_what_it_would_choose(probe: Probe) -> None:
 def test_what_a_cache_says_itself_is_looked_through_for_what_it_said_before(probe: Probe) -> None:
     once = list(range(20))
     assert said_before([*once, *once]).tolist() == [False] * (20 + REPEATED - 1) + [True] * (20 - REPEATED + 1)
-    (case, *_) = own_cases(tokenizer(MODEL), per_kind=1, prompt=120, follow=40, folder=None)
+    (case, *_) = own_cases(tokenizer(MODEL), per_kind=1, prompt=120, follow=40, samples=2, folder=None)
     everyone = [Contender(name="full", config=FULL), TIGHT]
-    full, tight = probe.own_words(case.prompt, case.own, everyone, samples=2)
+    full, tight = probe.own_words(case.prompt, case.own, everyone, case.samples)
     assert full[0].tokens != full[1].tokens != tight[1].tokens
     assert full[0].slots == len(case.prompt) + case.own - 1
     assert 32 <= tight[0].slots < 64

@@ -121,7 +121,7 @@ def _cases(options: Any) -> Iterator[Case]:
         yield from long_cases(made, prompt=short, follow=after, **text)
     if "own" in options.tasks:
         short, after = options.long_tokens
-        yield from own_cases(made, prompt=short, follow=after, **text)
+        yield from own_cases(made, prompt=short, follow=after, samples=options.samples, **text)
 
 
 def _sizes(cases: Sequence[Case]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _run_all(
                 device=options.device,
             )
         with log.open("a") as file:
-            for made in _rows(probe, case, missing, options.samples):
+            for made in _rows(probe, case, missing):
                 made["model"] = model
                 known[case.key, made["contender"]] = made
                 file.write(json.dumps(made) + "\n")
@@ -167,11 +167,11 @@ def _run_all(
     return [known[case.key, each.name] for case, everyone in pairs for each in everyone]
 
 
-def _rows(probe: Probe, case: Case, contenders: Sequence[Contender], samples: int) -> list[Row]:
+def _rows(probe: Probe, case: Case, contenders: Sequence[Contender]) -> list[Row]:
     """One case's figures for each contender."""
     names = [contender.name for contender in contenders]
     if case.own:
-        words = probe.own_words(case.prompt, case.own, contenders, samples)
+        words = probe.own_words(case.prompt, case.own, contenders, case.samples)
         return [own_row(case, name, said) for name, said in zip(names, words, strict=True)]
     continuation = probe.greedy(case.prompt, case.greedy) if case.greedy else case.continuation
     traces = probe.run(case.prompt, continuation, contenders)

@@ -18,8 +18,8 @@ class Case:
     """A prompt, what follows it, and from which token of that on it counts. ``half`` chooses (0) or confirms (1).
 
     Instead of a continuation, ``greedy`` tokens: what the full cache says; or ``own`` tokens: what each contender says
-    itself. ``depth`` is where in the prompt the answer is, from 0 to 1. With ``absolute`` it is for contenders of an
-    absolute budget. ``size`` is how many tokens its prompt was to have, which it has about.
+    itself, ``samples`` times. ``depth`` is where in the prompt the answer is, from 0 to 1. With ``absolute`` it is for
+    contenders of an absolute budget. ``size`` is how many tokens its prompt was to have, which it has about.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Case:
     continuation: tuple[int, ...] = ()
     greedy: int = 0
     own: int = 0
+    samples: int = 0
     counts_from: int = 0
     depth: float | None = None
     absolute: bool = False
@@ -38,7 +39,8 @@ class Case:
     @property
     def key(self) -> str:
         """What its figures are logged under: they count for these very tokens alone."""
-        asked: tuple[object, ...] = (self.prompt, self.continuation, *(n for n in (self.greedy, self.own) if n))
+        counts = (n for n in (self.greedy, self.own, self.samples) if n)
+        asked: tuple[object, ...] = (self.prompt, self.continuation, *counts)
         return f"{self.name}-{hashlib.sha256(repr(asked).encode()).hexdigest()[:12]}"
 
     @property
@@ -86,12 +88,24 @@ def agreement_cases(
             yield Case(name=name, task="agreement", kind=kind, half=half, size=prompt, prompt=ids, greedy=follow)
 
 
-def own_cases(tokenizer: Tokenizer, *, per_kind: int, prompt: int, follow: int, folder: Path | None) -> Iterator[Case]:
+def own_cases(
+    tokenizer: Tokenizer, *, per_kind: int, prompt: int, follow: int, samples: int, folder: Path | None
+) -> Iterator[Case]:
     """What a cache says itself after a short prompt, at an absolute budget: does it begin to repeat itself?"""
     for kind, found in texts.kinds(folder).items():
         for number, (half, ids) in enumerate(texts.of_model(found, tokenizer, tokens=prompt, count=per_kind)):
             name = f"own-{kind}-{prompt}-{number}"
-            yield Case(name=name, task="own", kind=kind, half=half, size=prompt, prompt=ids, own=follow, absolute=True)
+            yield Case(
+                name=name,
+                task="own",
+                kind=kind,
+                half=half,
+                size=prompt,
+                prompt=ids,
+                own=follow,
+                samples=samples,
+                absolute=True,
+            )
 
 
 def _windows(

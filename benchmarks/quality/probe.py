@@ -27,6 +27,7 @@ from d2o_server.models.source import resolve
 from d2o_server.worker.build import build_worker
 from d2o_server.worker.loader import load_config
 from d2o_server.worker.prompt_scores import PromptScores
+from d2o_server.worker.runner import Scored
 
 FULL = D2OConfig(policy=Policy.NONE)
 _GREEDY = SamplingParams(ignore_end_of_text=True, logprobs=0)
@@ -209,7 +210,7 @@ class Probe:
         """Reads all of the prompt but its last token, which each copy reads itself."""
         tokens = len(parent.prompt) - 1
         for start in range(0, tokens, _CHUNK):
-            self.runner.launch(StepPlan((), (PrefillSlice(parent, start, min(_CHUNK, tokens - start)),)), set())
+            self.runner.launch(StepPlan((), (PrefillSlice(parent, start, min(_CHUNK, tokens - start)),)), Scored())
 
     def _sequence(self, name: str, prompt: tuple[int, ...], known: tuple[int, ...], config: D2OConfig) -> Sequence:
         reservation = reserve(self.core.shape, config, len(prompt), len(known))

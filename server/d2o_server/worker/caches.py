@@ -99,6 +99,18 @@ class CacheManager:
             cache.peak_pages = max(cache.peak_pages, pages)
         return slots
 
+    def newest_scores(self, layer: int, rows: Tensor) -> Tensor:
+        """The scores [rows, kv_heads] of each row's newest slot in a layer."""
+        return self.pool.score.view(-1)[self._newest(layer, rows)]
+
+    def set_newest_scores(self, layer: int, rows: Tensor, scores: Tensor) -> None:
+        """Writes what :meth:`newest_scores` gives."""
+        self.pool.score.view(-1)[self._newest(layer, rows)] = scores
+
+    def _newest(self, layer: int, rows: Tensor) -> Tensor:
+        pool = self.pool
+        return pool.slot_rows(torch.tensor(layer), rows, pool.used[layer, rows] - 1).to(pool.device)
+
     def lengths(self, rows: Tensor) -> CacheLengths:
         """How much of each row is filled, for :meth:`take_back`."""
         return CacheLengths(rows, self.pool.used[:, rows], self.seen[rows])

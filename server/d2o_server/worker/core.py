@@ -24,7 +24,7 @@ from d2o_server.engine.scheduler import Scheduler, StepPlan
 from d2o_server.engine.sequence import Sequence, Stage
 from d2o_server.engine.types import FinishReason
 from d2o_server.errors import EngineFailure, OutOfDeviceMemory, ServerError
-from d2o_server.worker.runner import Launched, Runner, Sampled, StepOutcome
+from d2o_server.worker.runner import Launched, Runner, Sampled, Scored, StepOutcome
 
 _log = logging.getLogger(__name__)
 _CACHE_STATE_SECONDS = 0.5
@@ -144,7 +144,7 @@ class WorkerCore:
         return self.runner.caches.state()
 
     def _launch(self, plan: StepPlan) -> None:
-        scored: set[int] = set()
+        scored = Scored()
         while plan:
             try:
                 launched = self.runner.launch(plan, scored)

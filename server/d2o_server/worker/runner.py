@@ -38,6 +38,18 @@ class Sampled:
 
 
 @dataclass(slots=True)
+class Scored:
+    """What attempts of a step that ran out of memory had added to decoding sequences' scores by then.
+
+    ``layers`` added theirs and must not add them again; ``own`` has, for each of them, what the step's own tokens
+    [decoding sequences, kv_heads] received, whose slots are taken anew by the next attempt.
+    """
+
+    layers: set[int] = field(default_factory=set)
+    own: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class StepOutcome:
     """What a step did: new tokens, pages that finished prompts still need, and sequences that failed alone."""
 
@@ -122,31 +134,36 @@ class Runner(ABC):
         self.caches.close(self.running.pop(sequence.id).cache)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, scored: set[int]) -> Launched:
+    def launch(self, plan: StepPlan, scored: Scored) -> Launched:
         """Launches one step; prompts whose last chunk runs are sampled like decoding sequences and compressed.
 
         Args:
             plan: the step.
-            scored: layers that added this step's decode scores in an attempt that ran out of memory; filled here.
+            scored: what attempts that ran out of memory have added; filled here.
 
         Raises:
             OutOfDeviceMemory: nothing was sampled or compressed. Prompts are as before their first chunk, decoding
-                sequences as before the step but for the layers in ``scored``: run it again with them, or fewer.
+                sequences as before the step but for what is ``scored``: run it again with them, or the first of them.
         """
-        before = self.caches.lengths(self._rows(plan.decode))
+        rows = self._rows(plan.decode)
+        before = self.caches.lengths(rows)
         try:
-            launched = self._run(plan, scored)
+            launched = self._run(plan, scored.layers)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         else:
+            for layer, own in scored.own.items():
+                self.caches.set_newest_scores(layer, rows, own[: rows.numel()])
             self._compress(plan, launched)
             return launched
         # Only out here does nothing refer to the failed step's tensors any more.
+        torch.cuda.empty_cache()
+        for layer in scored.layers - scored.own.keys():
+            scored.own[layer] = self.caches.newest_scores(layer, rows)
         self.caches.take_back(before)
         for part in plan.prefill:
             self.caches.restart_prompt(self.running[part.sequence.id].cache)
-        torch.cuda.empty_cache()
         raise OutOfDeviceMemory("the device ran out of memory in a step in which this request was the newest")
 
     @abstractmethod

@@ -54,6 +54,10 @@ def failing_forward(harness: Harness, fails: Callable[[int], BaseException | Non
         hook.remove()
 
 
+def memory_until(call: int) -> Callable[[int], BaseException | None]:
+    return lambda n: torch.OutOfMemoryError("device full") if n <= call else None
+
+
 def memory_once(call: int) -> Callable[[int], BaseException | None]:
     return lambda n: torch.OutOfMemoryError("device full") if n == call else None
 
@@ -171,7 +175,7 @@ def test_a_step_that_raises_spares_requests_that_were_not_in_it() -> None:
 def test_out_of_memory_costs_the_newest_prompt_of_the_step_only(config: D2OConfig, call: int) -> None:
     """Prompts of 70, 100, 30 and 200 tokens are read 64 at a time: at every call shown, one is being read."""
     # Steps of other sizes round otherwise (1e-5 of logits): these prompts have no eviction that hangs on so little.
-    prompts = random_prompts((70, 100, 30, 200), seed=1)
+    prompts = random_prompts((70, 100, 30, 200), seed=4)
     expected = generate(prompts, config)
     harness = Harness()
     for index, prompt in enumerate(prompts):
@@ -220,6 +224,36 @@ def test_a_step_that_runs_again_adds_its_scores_once() -> None:
             assert bool(failed) == bool(call)
         scores.append(_scores(harness, "old"))
     assert torch.equal(scores[0], scores[1])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_step_that_runs_again_keeps_what_its_own_tokens_received(times: int) -> None:
+    """Their slots are taken anew, and layers that have added their scores do not add them again."""
+    prompts = random_prompts((70, 100, 30, 200), seed=8)
+    scores = []
+    for attempts in (0, times):
+        harness = Harness()
+        for index, prompt in enumerate(prompts):
+            harness.submit(prompt, SMALL, name=str(index), seed=index)
+        for _ in range(5):
+            harness.step()
+        with failing_forward(harness, memory_until(attempts)) as failed:
+            harness.step()
+        assert len(failed) == attempts
+        left = [name for name, answer in harness.answers.items() if answer.failure is None]
+        assert len(left) == len(prompts) - attempts
+        scores.append({name: _all_scores(harness, name) for name in left})
+    for name, given in scores[1].items():
+        for again, once in zip(given, scores[0][name], strict=True):
+            torch.testing.assert_close(again, once, rtol=1e-4, atol=1e-6)
+
+
+def _all_scores(harness: Harness, name: str) -> list[Tensor]:
+    """By layer: the scores [slots, kv_heads] of all that the sequence holds."""
+    pool, row = harness.pool, torch.tensor(harness.core.runner.running[name].cache.row)
+    held = pool.used[:, int(row)].tolist()
+    places = (pool.slot_rows(torch.tensor(layer), row, torch.arange(slots)) for layer, slots in enumerate(held))
+    return [pool.score.view(-1)[place] for place in places]
 
 
 def test_out_of_memory_with_nothing_but_decoding_costs_the_newest_request() -> None:
