@@ -95,7 +95,8 @@ def _table(result: dict[str, Any], part: str, paired: bool) -> str:
     machine = result["machine"]
     sizes = []
     if result["prompt_tokens"]:
-        sizes.append(f"of {result['prompt_tokens']} tokens before {result['follow_tokens']} of text that are predicted")
+        followed = "its own words" if tasks == ["own"] else "text that are predicted"
+        sizes.append(f"of {result['prompt_tokens']} tokens before {result['follow_tokens']} of {followed}")
     if result["question_tokens"]:
         sizes.append(f"of {_numbers(result['question_tokens'])} with a question")
     prompts = f"prompts {', and '.join(sizes)}"
