@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     chosen = list(_chosen(options))
     known = {(each["case"], each["contender"]) for each in _rows(options.out)}
-    peer = f"kvpress {version('kvpress')}, transformers {version('transformers')}, float32"
+    peer = f"kvpress {version('kvpress')}, transformers {version('transformers')}, float32, {options.device}"
     hub_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    model.eval()
+    model.eval().to(options.device)
     for number, case in enumerate(chosen):
         names = [f"{name}@{ratio:g}" for ratio in options.ratios for name in PRESSES]
         missing = [name for name in names if (case.key, name) not in known]
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--tasks", nargs="+", default=["text", "multikey-inside"])
     made.add_argument("--ratios", type=float, nargs="+", default=[0.2])
+    made.add_argument("--device", default="cpu", help="as torch names it")
     made.add_argument("--half", choices=("choosing", "confirming"), default="confirming")
     made.add_argument("--per-kind", type=int, default=2, help="cases of each task and kind")
     return made
@@ -99,7 +100,8 @@ def _chosen(options: argparse.Namespace) -> Iterator[Case]:
 @torch.inference_mode()
 def _logits(model: Any, case: Case, press: Any) -> tuple[Tensor, float]:
     """Logits [tokens, vocabulary] of the continuation, and the slots that a layer holds at its end."""
-    prompt, known = torch.tensor([case.prompt]), torch.tensor([case.continuation[:-1]], dtype=torch.int64)
+    prompt = torch.tensor([case.prompt], device=model.device)
+    known = torch.tensor([case.continuation[:-1]], dtype=torch.int64, device=model.device)
     cache = DynamicCache()
     if press is None:
         first = model(prompt, past_key_values=cache, logits_to_keep=1).logits[0]
@@ -107,10 +109,10 @@ def _logits(model: Any, case: Case, press: Any) -> tuple[Tensor, float]:
         with press(model):
             first = model(prompt, past_key_values=cache, logits_to_keep=1).logits[0]
     if not known.numel():
-        return first, _held(cache)
-    places = torch.arange(prompt.shape[1], prompt.shape[1] + known.shape[1])[None]
+        return first.cpu(), _held(cache)
+    places = torch.arange(prompt.shape[1], prompt.shape[1] + known.shape[1], device=model.device)[None]
     rest = model(known, past_key_values=cache, position_ids=places).logits[0]
-    return torch.cat([first, rest]).float(), _held(cache)
+    return torch.cat([first, rest]).float().cpu(), _held(cache)
 
 
 def _held(cache: Any) -> float:
