@@ -18,8 +18,8 @@ from torch import Tensor
 SHARE_SLOTS = 128
 """Items begin at multiples of this many slots of their sequence; also the least share."""
 
-WORTH_SLOTS = 512
-"""Slots worth a program of their own, unless even such items leave processors without work."""
+WORTH_SLOTS = 2048
+"""Slots that are not split, unless such items leave processors without work: parts wait for one another."""
 
 _WAVES = 4
 # Of the attention kernel: those that surely run at once on a processor, and more than ever do.

@@ -17,6 +17,7 @@ from d2o.kernels.decode import (
     decode_attention,
     plan_decode,
 )
+from d2o.kernels.decode_plan import WORTH_SLOTS
 from d2o.kernels.reference import decode as reference
 from tests.d2o.kernels.decode_case import DEVICE, Case
 
@@ -182,10 +183,10 @@ def test_a_workspace_that_is_too_small_is_refused() -> None:
 
 
 def test_an_item_larger_than_a_chunk_of_the_stash_writes_nothing_beyond_it() -> None:
-    case = Case(lengths=[[1500, 200]], kv_heads=2)
+    case = Case(lengths=[[WORTH_SLOTS + 500, 200]], kv_heads=2)
     grid = replace(DecodeGrid.alone(6), parts=1)
     plan, room = plan_decode(case.counts, grid), small_workspace(6, 100)
-    assert room.stash.shape == (6, 2, 512 * 4)
+    assert room.stash.shape == (6, 2, WORTH_SLOTS * 4)
     inputs = (case.q, case.k_new, case.v_new, case.copy(), case.table, case.rows, case.positions)
     out = decode_attention(*inputs, plan, 0, workspace=room, **case.rule())
     torch.testing.assert_close(out, case.expect()[0], rtol=1e-5, atol=1e-5)

@@ -18,6 +18,8 @@ Forward = Callable[[Tensor, Tensor, Tensor, OperatorStep], "Logits"]
 
 # One launch rotates queries and keys: 0.7 % of a decode step (H200, 8 layers of Llama-3.1-8B's, 64 to 256 sequences).
 _INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"combo_kernels": True}
+# Rows of logits that the search for the best tokens is tuned on.
+_TYPICAL_ROWS = 64
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -104,17 +106,22 @@ def forward_of(model: nn.Module, layers: int, *, compiled: bool, backend: str | 
     Compiled (by torch's ``backend``), its ``layers`` blocks share one form, or one for each kind of layer, which serves
     all numbers of tokens but 1: so a start takes seconds, and loses only what could be fused across blocks.
     """
-    choose = _best
+    choose, tuned = _best, True
     _number_layers(model)
     if compiled:
         options = _INDUCTOR if backend == "inductor" else None
         for block in _blocks(model, layers):
             block.compile(fullgraph=True, dynamic=True, backend=backend, options=options)
-        choose = torch.compile(_best, fullgraph=True, dynamic=True, backend=backend, options=options)
+        choose, tuned = torch.compile(_best, fullgraph=True, dynamic=True, backend=backend, options=options), False
 
     def forward(input_ids: Tensor, position_ids: Tensor, keep: Tensor, step: OperatorStep) -> Logits:
+        nonlocal tuned
         out = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, step=step)
         logits: Tensor = out.logits[0]
+        if not tuned:
+            # Code is tuned on what it first meets: on a prompt's two rows it once became 14 times slower for 256.
+            choose(logits[:1].repeat(_TYPICAL_ROWS, 1))
+            tuned = True
         return Logits(logits, *choose(logits))
 
     return forward
