@@ -18,6 +18,7 @@ from d2o.kernels.decode import (
     decode_attention,
     plan_decode,
 )
+from d2o.kernels.decode_plan import WORTH_SLOTS
 from d2o.kernels.paged import PagedTensors
 from d2o.kernels.reference import decode as reference
 
@@ -108,9 +109,9 @@ class Batch:
     def config(self, **changes: Any) -> DecodeConfig:
         return replace(DecodeConfig.choose(self.heads.head_dim, self.heads.dtype, self.shape.page_size), **changes)
 
-    def time(self, mode: dict[str, bool], config: DecodeConfig | None = None) -> float:
+    def time(self, mode: dict[str, bool], config: DecodeConfig | None = None, worth: int = WORTH_SLOTS) -> float:
         """Milliseconds of one layer's attention."""
-        plan = plan_decode(self.lengths, self.grid())
+        plan = plan_decode(self.lengths, self.grid(), worth=worth)
         workspace, rule = self.workspace(), self.rule(**mode)
 
         def attend(layer: int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ SWEEP: tuple[dict[str, int], ...] = (
     {"page_size": 64},
     {"page_size": 64, "score_slots": 1024},
 )
+# Batches for which it is tried how many slots are best left in one piece.
+WHOLES = (512, 768, 1024, 1536, 2048, 4096)
+WHOLE_BATCHES = (8, 16, 32, 48, 64, 96, 128, 200, 256)
+WHOLE_SLOTS = (300, 536, 800, 1048, 1600, 2100, 3200)
+_MOST_SLOTS = 500_000
 CHECKS: tuple[tuple[Heads, dict[str, Any]], ...] = (
     (Heads(), {}),
     (Heads(group=3, head_dim=64, dtype=torch.float16), {"window": 900, "softcap": 20.0}),
@@ -59,9 +65,9 @@ CHECKS: tuple[tuple[Heads, dict[str, Any]], ...] = (
 )
 
 
-def _layers(shape: Shape) -> int:
+def _layers(shape: Shape, size: float = _LAYER_BYTES) -> int:
     """Layers whose caches together are far larger than the L2 cache."""
-    return min(32, max(2, -int(-_LAYER_BYTES // (sum(shape.lengths) * Heads().slot_bytes))))
+    return min(32, max(2, -int(-size // (sum(shape.lengths) * Heads().slot_bytes))))
 
 
 def time_shapes(ceilings: Ceilings, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
@@ -119,14 +125,35 @@ def _shares(batch: Batch, config: dict[str, Any], ceilings: Ceilings) -> list[fl
     ]
 
 
+def time_wholes() -> list[dict[str, Any]]:
+    """Microseconds of a layer, plain and with scores and biases, for each of ``WHOLES``: slots that are not split."""
+    rows = []
+    for batch, slots in product(WHOLE_BATCHES, WHOLE_SLOTS):
+        if batch * slots > _MOST_SLOTS:
+            continue
+        shape = Shape(f"{batch} x {slots}", (slots,) * batch)
+        made = Batch(shape, Heads(), layers=_layers(shape, _LAYER_BYTES / 2))
+        row: dict[str, Any] = {"shape": shape.name}
+        for name in ("plain", "scores, biases"):
+            row[name] = [round(1e3 * made.time(MODES[name], worth=worth), 1) for worth in WHOLES]
+        rows.append(row)
+        print(row, flush=True)
+        del made
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--no-sweep", action="store_true", help="time the default configuration only")
     parser.add_argument("--quick", action="store_true", help="time only the shapes that have a target")
+    parser.add_argument("--wholes", action="store_true", help="time only how many slots are best left in one piece")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("decode_attention_gpu: no CUDA device, nothing measured")
+        return
+    if given.wholes:
+        print(write_result(given.out, "decode_attention_gpu_wholes", {"wholes": WHOLES, "microseconds": time_wholes()}))
         return
     checks = []
     for heads, rule in CHECKS:

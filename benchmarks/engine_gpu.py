@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action=switch, default=True)
     parser.add_argument("--concurrency", action=switch, default=True, help="decode rates of batches of many sizes")
     parser.add_argument("--profile", action=switch, default=True, help="what a decode step is made of")
-    parser.add_argument("--name", default="engine_gpu", help="of the file; the plot is of engine_gpu_parts")
+    parser.add_argument("--name", default="engine_gpu", help="of the file; the plot is of engine_gpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     return parser
 

@@ -33,7 +33,7 @@ def plot_concurrency(folder: Path, name: str = "concurrency") -> Path:
     return path
 
 
-def plot_engine(folder: Path, name: str = "engine_gpu_parts") -> Path:
+def plot_engine(folder: Path, name: str = "engine_gpu") -> Path:
     """Draws ``folder/name.png`` from ``folder/name.json``: decode rates by concurrency, and what a step is made of."""
     result = json.loads((folder / f"{name}.json").read_text())
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -144,7 +144,7 @@ def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], title: str
     axes.spines[["top", "left", "right"]].set_visible(False)
 
 
-_PLOTS = {"concurrency": plot_concurrency, "concurrency_gpu": plot_streams, "engine_gpu_parts": plot_engine}
+_PLOTS = {"concurrency": plot_concurrency, "concurrency_gpu": plot_streams, "engine_gpu": plot_engine}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -152,12 +152,15 @@ class DecodeWorkspace:
         )
 
 
-def plan_decode(lengths: Tensor, grid: DecodeGrid, *, out: DecodePlan | None = None) -> DecodePlan:
+def plan_decode(
+    lengths: Tensor, grid: DecodeGrid, *, worth: int = WORTH_SLOTS, out: DecodePlan | None = None
+) -> DecodePlan:
     """Shares out a step's slots; one launch for all layers, without waiting for the device.
 
     Args:
         lengths: [layers, batch] int32, contiguous.
         grid: what there is to share among; more items than sequences.
+        worth: slots that are not split, as long as there is work for all without.
         out: a plan of the same shapes to fill, made by ``DecodePlan.empty(lengths, grid)`` around the same lengths.
 
     Raises:
@@ -171,7 +174,7 @@ def plan_decode(lengths: Tensor, grid: DecodeGrid, *, out: DecodePlan | None = N
     padded = triton.next_power_of_2(batch)
     tile = max(1, min(64, 8192 // padded))
     _plan_kernel[layers, triton.cdiv(items, tile)](
-        lengths, plan.share, plan.first, plan.owner, batch, items, grid.parts, SHARE_SLOTS, WORTH_SLOTS, padded, tile
+        lengths, plan.share, plan.first, plan.owner, batch, items, grid.parts, SHARE_SLOTS, worth, padded, tile
     )
     return plan
 
