@@ -1,4 +1,7 @@
-"""How many slots each layer may keep: densities, the authors' ratios, and exact budgets (paper eq. 3 to 5)."""
+"""How many slots each layer may keep: densities, the authors' ratios, and exact budgets (paper eq. 3 to 5).
+
+A density is made of one number a head (:func:`by_head`), so that heads may lie on several devices.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from torch import Tensor
 from d2o.config import ConfigError, D2OConfig, LayerBudgets
 
 _RANGE_SLACK = 1e-6
-_SMALLEST_VARIANCE = 1e-30
+_SMALLEST = 1e-30
+_COVERED = 0.9
 _MOST_RATIO = 1.0
 _LEAST_POWER = 1e-12
 # Log variances of layers that deviate by less than this are not stretched to it (docs/adr/0018).
@@ -18,10 +22,12 @@ _LEAST_DEVIATION = 1.0
 
 
 def density(colsums: Tensor, config: D2OConfig) -> Tensor:
-    """How uneven a layer's attention is, from its column sums.
+    """How uneven, or how wide, a layer's attention is, from its column sums.
 
     ``paper``: eq. 3 as the authors' code has it: the variance over tokens of each head, min-max normalised over the
-    layer's heads, averaged; in [0, 1]. ``variance``: the logarithm of the heads' mean variance. ``uniform``: 0.
+    layer's heads, averaged; in [0, 1]. ``variance``: the logarithm of the heads' mean variance. ``coverage``: the
+    logarithm of how many tokens hold nine tenths of what a head's tokens receive, on average over heads.
+    ``uniform``: 0.
 
     Args:
         colsums: ``[..., heads, tokens]`` float32, attention received by each token.
@@ -30,28 +36,39 @@ def density(colsums: Tensor, config: D2OConfig) -> Tensor:
     Returns:
         ``[...]`` float32; a single token has no variance.
     """
-    return density_of(variances(colsums), config)
+    return density_of(by_head(colsums, config), config)
 
 
-def variances(colsums: Tensor) -> Tensor:
-    """How uneven each head's attention is: ``[..., heads]`` of column sums ``[..., heads, tokens]``."""
+def by_head(colsums: Tensor, config: D2OConfig) -> Tensor:
+    """What :func:`density_of` needs of each head: ``[..., heads]`` of column sums ``[..., heads, tokens]``."""
+    if config.layer_budgets is LayerBudgets.UNIFORM:
+        return colsums.new_zeros(colsums.shape[:-1]).float()
+    if config.layer_budgets is LayerBudgets.COVERAGE:
+        return _covering(colsums.float())
     return colsums.float().var(-1, correction=min(1, colsums.shape[-1] - 1))
 
 
-def density_of(variance: Tensor, config: D2OConfig) -> Tensor:
-    """:func:`density` from :func:`variances` of all heads of a layer, ``[..., heads]``."""
+def density_of(values: Tensor, config: D2OConfig) -> Tensor:
+    """:func:`density` from :func:`by_head` of all heads of a layer, ``[..., heads]``."""
     if config.layer_budgets is LayerBudgets.UNIFORM:
-        return variance.new_zeros(variance.shape[:-1])
-    if config.layer_budgets is LayerBudgets.VARIANCE:
-        return variance.mean(-1).clamp_min(_SMALLEST_VARIANCE).log()
-    low, high = variance.aminmax(dim=-1, keepdim=True)
-    return ((variance - low) / (high - low + _RANGE_SLACK)).mean(-1)
+        return values.new_zeros(values.shape[:-1])
+    if config.layer_budgets is LayerBudgets.PAPER:
+        low, high = values.aminmax(dim=-1, keepdim=True)
+        return ((values - low) / (high - low + _RANGE_SLACK)).mean(-1)
+    return values.mean(-1).clamp_min(_SMALLEST).log()
+
+
+def _covering(colsums: Tensor) -> Tensor:
+    """The least number of tokens that hold ``_COVERED`` of each head's sum: ``[..., heads]`` float32, at least 1."""
+    reached = colsums.sort(-1, descending=True).values.cumsum(-1)
+    return 1.0 + (reached < _COVERED * reached[..., -1:]).sum(-1)
 
 
 def weights(densities: Sequence[float], config: D2OConfig) -> list[float]:
     """Each layer's share of the budget; they sum to 1 and do not depend on the order of layers.
 
-    ``paper``: softmax of minus the density (eq. 4). ``variance``: softmax of ``layer_gain`` times the standardised
+    ``paper``: softmax of minus the density (eq. 4). ``coverage``: softmax of the density, so in proportion to the
+    tokens that hold most of a layer's attention. ``variance``: softmax of ``layer_gain`` times the standardised
     density, so that spiky layers get more (ALGORITHM 4b); the standard deviation counts as 1 at least, so that layers
     which are nearly alike get nearly alike. Densities that are no numbers count as the mean of the others, infinite
     ones as the nearest finite one.
@@ -61,6 +78,8 @@ def weights(densities: Sequence[float], config: D2OConfig) -> list[float]:
         logits = [0.0] * len(finite)
     elif config.layer_budgets is LayerBudgets.PAPER:
         logits = [-value for value in finite]
+    elif config.layer_budgets is LayerBudgets.COVERAGE:
+        logits = finite
     else:
         mean = math.fsum(finite) / len(finite)
         deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / len(finite))

@@ -34,6 +34,7 @@ class LayerBudgets(StrEnum):
     UNIFORM = "uniform"
     PAPER = "paper"
     VARIANCE = "variance"
+    COVERAGE = "coverage"
 
 
 class Merge(StrEnum):

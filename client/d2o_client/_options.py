@@ -48,6 +48,7 @@ class LayerBudgets(StrEnum):
     UNIFORM = "uniform"
     PAPER = "paper"
     VARIANCE = "variance"
+    COVERAGE = "coverage"
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,17 @@ def test_density_of_the_variance_rule_is_the_log_of_the_mean_variance() -> None:
     torch.testing.assert_close(budget.density(colsums, rule(LayerBudgets.VARIANCE)), torch.tensor(2.5).log())
 
 
+def test_density_of_the_coverage_rule_is_the_log_of_the_tokens_that_hold_nine_tenths() -> None:
+    colsums = torch.tensor([[0.0, 9.5, 0.5, 0.0], [4.0, 2.0, 3.0, 1.0]])
+    # One token holds 0.95 of the first head's attention; of the second head's, three hold exactly 0.9.
+    torch.testing.assert_close(budget.density(colsums, rule(LayerBudgets.COVERAGE)), torch.tensor(2.0).log())
+
+
+def test_the_coverage_rule_gives_layers_slots_in_proportion_to_what_covers_them() -> None:
+    wide_and_narrow = [math.log(300.0), math.log(100.0)]
+    assert allocate(wide_and_narrow, rule(LayerBudgets.COVERAGE), average=80, cap=1000) == [120, 40]
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("shape", [(3, 1), (1, 5), (1, 1)])
 def test_densities_are_finite_where_there_is_little_to_measure(name: LayerBudgets, shape: tuple[int, int]) -> None:

@@ -38,6 +38,7 @@ class LayerBudgetRule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LAYER_BUDGET_RULE_UNIFORM: _ClassVar[LayerBudgetRule]
     LAYER_BUDGET_RULE_PAPER: _ClassVar[LayerBudgetRule]
     LAYER_BUDGET_RULE_VARIANCE: _ClassVar[LayerBudgetRule]
+    LAYER_BUDGET_RULE_COVERAGE: _ClassVar[LayerBudgetRule]
 
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -72,6 +73,7 @@ LAYER_BUDGET_RULE_UNSPECIFIED: LayerBudgetRule
 LAYER_BUDGET_RULE_UNIFORM: LayerBudgetRule
 LAYER_BUDGET_RULE_PAPER: LayerBudgetRule
 LAYER_BUDGET_RULE_VARIANCE: LayerBudgetRule
+LAYER_BUDGET_RULE_COVERAGE: LayerBudgetRule
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_END_OF_TEXT: FinishReason
 FINISH_REASON_STOP: FinishReason

@@ -27,6 +27,7 @@ LAYER_BUDGETS: dict[pb.LayerBudgetRule, LayerBudgets] = {
     pb.LAYER_BUDGET_RULE_UNIFORM: LayerBudgets.UNIFORM,
     pb.LAYER_BUDGET_RULE_PAPER: LayerBudgets.PAPER,
     pb.LAYER_BUDGET_RULE_VARIANCE: LayerBudgets.VARIANCE,
+    pb.LAYER_BUDGET_RULE_COVERAGE: LayerBudgets.COVERAGE,
 }
 MAX_LOSSES: dict[pb.MaxLoss, MaxLoss] = {
     pb.MAX_LOSS_LOW: MaxLoss.LOW,

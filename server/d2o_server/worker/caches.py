@@ -217,7 +217,7 @@ class CacheManager:
         """The density [full layers] of all ranks' heads."""
         if config.layer_budgets is LayerBudgets.UNIFORM:
             return received.new_zeros(len(received))
-        return budget.density_of(self.ranks.all_heads(budget.variances(received)), config)
+        return budget.density_of(self.ranks.all_heads(budget.by_head(received, config)), config)
 
     def _allocate(self, cache: SequenceCache, densities: Tensor) -> list[int]:
         """Budgets by layer in slots; 0 for sliding-window layers."""

@@ -234,6 +234,7 @@ CONFIGS = {
     "default-every-step": D2OConfig(min_budget=1, ratio=0.3, evict_interval=1),
     "default-whole-pages": D2OConfig(budget_tokens=130),
     "default-late": D2OConfig(budget_tokens=60),
+    "coverage": D2OConfig(min_budget=1, ratio=0.3, layer_budgets=LayerBudgets.COVERAGE),
     "h2o": D2OConfig.of(Policy.H2O, min_budget=1, ratio=0.3),
     "h2o-every-step": D2OConfig.of(Policy.H2O, min_budget=1, ratio=0.3, evict_interval=1),
     "streaming": D2OConfig.of(Policy.STREAMING, min_budget=1, ratio=0.3),
