@@ -64,7 +64,7 @@ def test_observed_runs_with_everything_off_and_on(tmp_path: Path) -> None:
 
 def test_restart_finds_the_stream_whole_and_the_server_back(tmp_path: Path) -> None:
     tiny = ("--model", "random:tiny-llama", "--dtype", "float32", "--threads", "1")
-    restart.main([*tiny, "--repeats", "1", "--tokens", "40", "--settled", "0", "--out", str(tmp_path)])
+    restart.main([*tiny, "--repeats", "1", "--tokens", "600", "--settled", "0", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "restart.json").read_text())
     (kill,) = result["kills"]
     assert 0 < kill["serving_seconds"] < result["first_start_seconds"]
