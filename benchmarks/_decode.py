@@ -87,10 +87,10 @@ class Batch:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, PagedTensors, Tensor, Tensor, Tensor]:
         return self.q, self.k_new, self.v_new, self.pool, self.table, self.rows, self.positions
 
-    def workspace(self) -> DecodeWorkspace:
+    def workspace(self, grid: DecodeGrid | None = None) -> DecodeWorkspace:
         heads = self.heads
         return DecodeWorkspace.allocate(
-            self.grid(),
+            grid or self.grid(),
             batch=len(self.shape.lengths),
             heads=heads.kv_heads * heads.group,
             kv_heads=heads.kv_heads,
@@ -111,8 +111,8 @@ class Batch:
 
     def time(self, mode: dict[str, bool], config: DecodeConfig | None = None, worth: int = WORTH_SLOTS) -> float:
         """Milliseconds of one layer's attention."""
-        plan = plan_decode(self.lengths, self.grid(), worth=worth)
-        workspace, rule = self.workspace(), self.rule(**mode)
+        grid = replace(self.grid(), worth=worth)
+        plan, workspace, rule = plan_decode(self.lengths, grid), self.workspace(grid), self.rule(**mode)
 
         def attend(layer: int) -> Tensor:
             return decode_attention(*self.inputs, plan, layer, workspace=workspace, config=config, **rule)

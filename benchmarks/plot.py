@@ -36,6 +36,8 @@ def plot_concurrency(folder: Path, name: str = "concurrency") -> Path:
 def plot_engine(folder: Path, name: str = "engine_gpu") -> Path:
     """Draws ``folder/name.png`` from ``folder/name.json``: decode rates by concurrency, and what a step is made of."""
     result = json.loads((folder / f"{name}.json").read_text())
+    if missing := [part for part in ("concurrency", "parts_ms") if part not in result]:
+        raise SystemExit(f"{name}.json: got no {' and no '.join(missing)}, the plot needs both; run engine_gpu in full")
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for line, color in zip(result["concurrency"], (_GREY, _BLUE), strict=False):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from d2o.config import ConfigError, D2OConfig, LayerBudgets
@@ -60,6 +61,9 @@ def density_of(values: Tensor, config: D2OConfig) -> Tensor:
 
 def _covering(colsums: Tensor) -> Tensor:
     """The least number of tokens that hold ``_COVERED`` of each head's sum: ``[..., heads]`` float32, at least 1."""
+    if colsums.dim() > 2:
+        # A layer at a time: sorting takes three times the memory of what it sorts.
+        return torch.stack([_covering(layer) for layer in colsums])
     reached = colsums.sort(-1, descending=True).values.cumsum(-1)
     return 1.0 + (reached < _COVERED * reached[..., -1:]).sum(-1)
 

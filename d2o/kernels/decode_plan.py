@@ -19,7 +19,7 @@ SHARE_SLOTS = 128
 """Items begin at multiples of this many slots of their sequence; also the least share."""
 
 WORTH_SLOTS = 2048
-"""Slots that are not split, unless such items leave processors without work: parts wait for one another."""
+"""The best ``worth`` of a grid (docs/adr/0009): parts of a sequence wait for one another."""
 
 _WAVES = 4
 # Of the attention kernel: those that surely run at once on a processor, and more than ever do.
@@ -36,12 +36,14 @@ class DecodeGrid:
         chunks: items whose probabilities are stashed at once; a later item reuses the place of one that is done with.
         together: whether all items of a sequence surely run at once, so that each can wait for the others and add its
             own scores; else the one that arrives last adds them all, and ``chunks`` must be ``items``.
+        worth: slots of a sequence that are not split, unless such items leave processors without work.
     """
 
     items: int
     parts: int
     chunks: int
     together: bool
+    worth: int = WORTH_SLOTS
 
     @classmethod
     def of(cls, batch: int, kv_heads: int, device: torch.device) -> DecodeGrid:
@@ -139,7 +141,7 @@ class DecodeWorkspace:
         """
         items, chunks, group = grid.items, grid.chunks, heads // kv_heads
         lanes = triton.next_power_of_2(group)
-        share = max(WORTH_SLOTS, -(-slots // (items - batch)), -(-longest // grid.parts))
+        share = max(grid.worth, -(-slots // (items - batch)), -(-longest // grid.parts))
         room = -(-share // SHARE_SLOTS) * SHARE_SLOTS * lanes if slots else 0
         return cls(
             torch.empty(items, kv_heads, group, head_dim, dtype=torch.float32, device=device),
@@ -152,15 +154,12 @@ class DecodeWorkspace:
         )
 
 
-def plan_decode(
-    lengths: Tensor, grid: DecodeGrid, *, worth: int = WORTH_SLOTS, out: DecodePlan | None = None
-) -> DecodePlan:
+def plan_decode(lengths: Tensor, grid: DecodeGrid, *, out: DecodePlan | None = None) -> DecodePlan:
     """Shares out a step's slots; one launch for all layers, without waiting for the device.
 
     Args:
         lengths: [layers, batch] int32, contiguous.
         grid: what there is to share among; more items than sequences.
-        worth: slots that are not split, as long as there is work for all without.
         out: a plan of the same shapes to fill, made by ``DecodePlan.empty(lengths, grid)`` around the same lengths.
 
     Raises:
@@ -174,7 +173,7 @@ def plan_decode(
     padded = triton.next_power_of_2(batch)
     tile = max(1, min(64, 8192 // padded))
     _plan_kernel[layers, triton.cdiv(items, tile)](
-        lengths, plan.share, plan.first, plan.owner, batch, items, grid.parts, SHARE_SLOTS, worth, padded, tile
+        lengths, plan.share, plan.first, plan.owner, batch, items, grid.parts, SHARE_SLOTS, grid.worth, padded, tile
     )
     return plan
 

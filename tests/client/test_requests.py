@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 import numpy as np
 import pytest
 
-from d2o_client import ChatMessage, Compression, InvalidArgumentError, Policy
+from d2o_client import ChatMessage, Compression, InvalidArgumentError, LayerBudgets, MaxLoss, Merge, Policy
 from d2o_client._options import GenerationOptions
 from d2o_client._requests import generation_fields, prompt_message
 from d2o_inference.v1 import inference_service_pb2 as pb
@@ -109,7 +110,19 @@ def test_the_options_cover_the_contract() -> None:
     stopping = set(pb.StoppingParameters.DESCRIPTOR.fields_by_name) - {"stop_strings"} | {"stop"}
     assert set(GenerationOptions.__optional_keys__) == sampling | stopping | {"logprobs", "compression", "priority"}
     assert set(Compression.__dataclass_fields__) == set(pb.Compression.DESCRIPTOR.fields_by_name)
-    assert {f"COMPRESSION_POLICY_{policy.name}" for policy in Policy} == set(pb.CompressionPolicy.keys()[1:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "wire"),
+    [
+        (Policy, "COMPRESSION_POLICY_", pb.CompressionPolicy),
+        (Merge, "MERGE_RULE_", pb.MergeRule),
+        (LayerBudgets, "LAYER_BUDGET_RULE_", pb.LayerBudgetRule),
+        (MaxLoss, "MAX_LOSS_", pb.MaxLoss),
+    ],
+)
+def test_every_choice_of_the_contract_has_a_name_here(kind: type[Enum], prefix: str, wire: Any) -> None:
+    assert {prefix + member.name for member in kind} == set(wire.keys()[1:])
 
 
 def test_one_stop_string_needs_no_list() -> None:

@@ -42,7 +42,8 @@ def test_density_of_the_variance_rule_is_the_log_of_the_mean_variance() -> None:
 def test_density_of_the_coverage_rule_is_the_log_of_the_tokens_that_hold_nine_tenths() -> None:
     colsums = torch.tensor([[0.0, 9.5, 0.5, 0.0], [4.0, 2.0, 3.0, 1.0]])
     # One token holds 0.95 of the first head's attention; of the second head's, three hold exactly 0.9.
-    torch.testing.assert_close(budget.density(colsums, rule(LayerBudgets.COVERAGE)), torch.tensor(2.0).log())
+    both = torch.stack([colsums, torch.ones(2, 4)])
+    torch.testing.assert_close(budget.density(both, rule(LayerBudgets.COVERAGE)), torch.tensor([2.0, 4.0]).log())
 
 
 def test_the_coverage_rule_gives_layers_slots_in_proportion_to_what_covers_them() -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from d2o.kernels.decode import DecodeGrid, DecodePlan, plan_decode
+from d2o.kernels.decode import DecodeGrid, DecodePlan, DecodeWorkspace, plan_decode
 from d2o.kernels.decode_plan import SHARE_SLOTS, WORTH_SLOTS
 from d2o.kernels.reference import decode as reference
 from tests.d2o.kernels.decode_case import DEVICE
@@ -33,6 +33,18 @@ def test_the_plan_covers_every_slot_once_in_equal_shares(lengths: list[int], tar
         assert len(owners) <= grid.items
         assert plan.owner[layer].tolist() == owners + [-1] * (grid.items - len(owners))
         assert plan.first[layer].tolist() == [sum(items[:n]) for n in range(len(items) + 1)]
+
+
+@pytest.mark.parametrize("worth", [256, 512, WORTH_SLOTS])
+def test_sequences_stay_whole_up_to_what_the_grid_says_and_their_stash_has_room_for_it(worth: int) -> None:
+    lengths = [worth, worth + 1] * 4
+    counts = torch.tensor([lengths], dtype=torch.int32, device=DEVICE)
+    grid = replace(DecodeGrid.alone(len(lengths) + 16), worth=worth)
+    assert plan_decode(counts, grid).first[0].diff().tolist() == [1, 2] * 4
+    made = DecodeWorkspace.allocate(
+        grid, batch=8, heads=8, kv_heads=2, head_dim=64, slots=sum(lengths), longest=1, device=DEVICE
+    )
+    assert made.stash.shape[-1] >= worth * 4
 
 
 def test_the_plan_needs_more_items_than_sequences() -> None:

@@ -63,7 +63,10 @@ def test_blocks_of_a_kind_share_one_form_whatever_the_number_of_tokens(name: str
             found = compiled(*each, operator.step)
             torch.testing.assert_close(found.logits, wanted.logits)
             assert torch.equal(found.best_ids, wanted.best_ids)
-    # One more chooses the best tokens.
+    # One more chooses the best tokens, and is tuned on the rows of a batch though a prompt asks for two.
+    (choosing,) = (graph for graph in graphs if not any("attend" in str(node.target) for node in graph.graph.nodes))
+    rows = next(node for node in choosing.graph.nodes if isinstance(node.meta.get("example_value"), Tensor))
+    assert rows.meta["example_value"].shape[0].node.hint == 64
     assert len(graphs) == KINDS[name] + 1
     attends = [node for graph in graphs for node in graph.graph.nodes if "attend" in str(node.target)]
     assert len(attends) == KINDS[name]
