@@ -22,8 +22,10 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks._gpu import RESULTS, Ceilings, time_gpu, write_result
 from d2o.config import D2OConfig
-from d2o.kernels.evict import Evicted, evict_in_place, judged, pairs_of
+from d2o.kernels.evict import evict_in_place, pairs_of
 from d2o.kernels.fold import fold, move
+from d2o.kernels.history import History
+from d2o.kernels.judge import judge
 from d2o.kernels.nearest import Tiling, nearest
 from d2o.kernels.paged import PagedTensors
 from d2o.kernels.pairs import Pairs
@@ -67,7 +69,8 @@ class Work:
     used: Tensor
     keep: Tensor
     seen: Tensor
-    threshold: Tensor
+    history: History
+    began: float
     window: Tensor | None
     saved: tuple[Tensor, ...]
 
@@ -91,16 +94,17 @@ class Work:
             position[table[layer].long()] = slots.int()
         pool = PagedTensors(k, v, _heavy(*shape), position, torch.zeros(shape, device="cuda"))
         count = layers * rows
-        nth = torch.arange(count, device="cuda")
+        nth = torch.arange(count)
         return cls(
             pool=pool,
             block_table=table,
-            layers=(nth % layers).int(),
-            rows=(nth // layers).int(),
+            layers=nth % layers,
+            rows=nth // layers,
             used=torch.full((count,), used),
             keep=torch.full((count,), keep),
             seen=torch.full((count,), width * _PAGE),
-            threshold=torch.full((count, heads), torch.nan if prompt else 0.5, device="cuda"),
+            history=History.empty(layers, rows, heads, "cuda"),
+            began=torch.nan if prompt else 0.5,
             window=_heavy(count, heads, used) if prompt else None,
             saved=tuple(getattr(pool, name).clone() for name in _SCALARS),
         )
@@ -108,16 +112,17 @@ class Work:
     def restore(self) -> None:
         for name, saved in zip(_SCALARS, self.saved, strict=True):
             getattr(self.pool, name).copy_(saved)
+        self.history.threshold.fill_(self.began)
 
     def part(self, count: int) -> dict[str, Any]:
         """What evict_in_place takes, for the first ``count`` pairs."""
-        names = ("layers", "rows", "used", "keep", "seen", "threshold", "window")
+        names = ("layers", "rows", "used", "keep", "seen", "window")
         chosen = {name: getattr(self, name) for name in names}
         cut = {name: None if value is None else value[:count] for name, value in chosen.items()}
         return {"pool": self.pool, "block_table": self.block_table} | cut
 
-    def evict(self, count: int, config: D2OConfig) -> Evicted:
-        return evict_in_place(**self.part(count), config=config)
+    def evict(self, count: int, config: D2OConfig) -> None:
+        evict_in_place(**self.part(count), history=self.history, config=config)
 
     def pairs(self, count: int, config: D2OConfig) -> Pairs:
         names = ("pool", "block_table", "layers", "rows", "used", "keep", "seen")
@@ -141,9 +146,11 @@ def agreement(dtype: torch.dtype, *, prompt: bool) -> dict[str, float]:
     used, keep = (4000, 820) if prompt else (2032, 2000)
     work = Work.random(used=used, keep=keep, layers=2, rows=2, heads=4, dim=_DIM, dtype=dtype, prompt=prompt)
     copy = PagedTensors(*(getattr(work.pool, name).clone() for name in ("k", "v", *_SCALARS)))
-    ours = work.evict(4, config)
-    theirs = reference.evict_in_place(**(work.part(4) | {"pool": copy}), config=config)
-    tables = work.block_table[work.layers.long(), work.rows.long()]
+    work.restore()
+    before = work.history.threshold[work.layers, work.rows]
+    work.evict(4, config)
+    theirs = reference.evict_in_place(**(work.part(4) | {"pool": copy}), threshold=before, config=config)
+    tables = work.block_table[work.layers, work.rows]
     left = []
     for pool in (work.pool, copy):
         slots = reference.slots_of(pool, tables, work.keep)
@@ -157,8 +164,8 @@ def agreement(dtype: torch.dtype, *, prompt: bool) -> dict[str, float]:
         "survivors": same.float().mean().item(),
         "values": ((value - value2).abs().amax(-1) < 1e-3)[same].float().mean().item(),
         "scores": torch.isclose(score, score2, rtol=1e-4)[same].float().mean().item(),
-        "threshold": (ours.threshold - theirs.threshold).abs().max().item(),
-        "merged": (ours.merged - theirs.merged).abs().max().item(),
+        "threshold": (work.history.threshold[work.layers, work.rows] - theirs.threshold).abs().max().item(),
+        "merged": (work.history.fates[0, work.layers, work.rows] - theirs.merged).abs().max().item(),
     }
 
 
@@ -186,7 +193,7 @@ def _stage_times(work: Work, count: int, config: D2OConfig) -> dict[str, float]:
     mark("select")
     slot, similarity = nearest(pool, pairs, selection, selection.evicted, into_sinks=config.merge_into_sinks)
     mark("nearest")
-    _, passes = judged(pairs, selection, slot, similarity, work.threshold[:count], config)
+    passes = judge(pairs, selection, slot, similarity, work.history, config)
     mark("threshold")
     fold(pool, pairs, selection.evicted, slot, similarity, passes, config)
     mark("fold")
@@ -246,7 +253,7 @@ def fold_sweep(work: Work, count: int) -> list[dict[str, Any]]:
     pairs = work.pairs(count, config)
     selection = select(work.pool, pairs, config, None)
     slot, similarity = nearest(work.pool, pairs, selection, selection.evicted, into_sinks=False)
-    _, passes = judged(pairs, selection, slot, similarity, work.threshold[:count], config)
+    passes = judge(pairs, selection, slot, similarity, work.history, config)
     run = partial(fold, work.pool, pairs, selection.evicted, slot, similarity, passes, config)
     return [{"members": m, "warps": w, "ms": _try(partial(run, members=m, warps=w))} for m, w in _FOLDS]
 

@@ -31,7 +31,7 @@ _KINDS = {
     "matrices": ("nvjet", "gemm", "cublas", "splitK", "cutlass"),
     "eviction": (
         *("cut_kernel", "keys_kernel", "split_kernel", "direct_kernel", "stage_kernel", "staged_kernel"),
-        *("fold_kernel", "move_kernel", "segments_kernel", "sort", "Sort"),
+        *("judge_kernel", "fold_kernel", "fold_few_kernel", "move_kernel", "segments_kernel", "sort", "Sort"),
     ),
 }
 _NEVER = 1 << 40

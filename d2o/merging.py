@@ -14,8 +14,9 @@ from torch import Tensor
 
 from d2o.config import D2OConfig, Merge, Scope, Threshold
 
-# Equal similarities that differ by rounding only must not fall on both sides of their own mean.
-_ROUNDING = 1e-6
+ROUNDING = 1e-6
+"""Equal similarities that differ by rounding only must not fall on both sides of their own mean."""
+
 _SMALLEST_NORM = 1e-12
 _LANES = 32
 # Elements of keys and of similarities that are worked on at once; on a CPU they should stay in its cache.
@@ -115,9 +116,13 @@ def moved_threshold(matches: Matches, threshold: Tensor, config: D2OConfig) -> T
     if config.threshold is Threshold.PAPER:
         newest = matches.similarity.masked_fill(~matches.found, -torch.inf).amax(-1)
         newest = newest.amax(1, keepdim=True) if layer else newest
-    old_weight = 1 - config.beta if config.alpha is None else config.alpha
-    moved = torch.where(threshold.isnan(), mean, old_weight * threshold + config.beta * newest)
+    moved = torch.where(threshold.isnan(), mean, old_weight(config) * threshold + config.beta * newest)
     return torch.where(counted.any(-1), moved, threshold)
+
+
+def old_weight(config: D2OConfig) -> float:
+    """What is left of the old threshold in the moved one."""
+    return 1 - config.beta if config.alpha is None else config.alpha
 
 
 def passing(matches: Matches, threshold: Tensor, config: D2OConfig) -> Tensor:
@@ -130,7 +135,7 @@ def passing(matches: Matches, threshold: Tensor, config: D2OConfig) -> Tensor:
     similarity = matches.similarity
     if config.threshold is Threshold.AUTHORS and config.threshold_scope is Scope.LAYER:
         similarity, _ = _rank_means(matches, layer=True)
-    return matches.found & (similarity >= threshold.unsqueeze(-1) - _ROUNDING)
+    return matches.found & (similarity >= threshold.unsqueeze(-1) - ROUNDING)
 
 
 def pair(matches: Matches, passes: Tensor, kept: int) -> Pairs:

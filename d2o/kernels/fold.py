@@ -7,9 +7,9 @@ import triton
 from torch import Tensor
 
 from d2o.config import D2OConfig, Merge
-from d2o.kernels.fold_kernels import fold_kernel, move_kernel, segments_kernel
+from d2o.kernels.fold_kernels import fold_few_kernel, fold_kernel, move_kernel, segments_kernel
 from d2o.kernels.paged import PagedTensors
-from d2o.kernels.pairs import Pairs
+from d2o.kernels.pairs import FEW, Pairs
 from d2o.kernels.select import Selection
 
 # A program folds this many members of one survivor at once; most survivors have few.
@@ -43,45 +43,34 @@ def fold(
         config: the rule.
         members, warps: how the kernel is cut.
     """
-    heads = passes.shape[0] * passes.shape[1]
-    width = passes.shape[-1]
+    conserves = config.merge is Merge.CONSERVE
+    rule = {
+        "HEADS": pool.kv_heads,
+        "PAGE": pool.page_size,
+        "DIM": pool.head_dim,
+        "BLOCK_D": triton.next_power_of_2(pool.head_dim),
+        "PAPER": config.merge is Merge.PAPER,
+        "CONSERVE": conserves,
+        "KEYS": not conserves or config.merge_keys,
+        "BIAS": conserves and config.merge_bias,
+        "MEMBERS": members,
+        "num_warps": warps,
+    }
+    cache = (pool.k, pool.v, pool.score, pool.position, pool.bias, pairs.tables, pairs.seen, evicted, similarity)
+    heads, width, pages = passes.shape[0] * passes.shape[1], passes.shape[-1], pairs.tables.shape[1]
+    weights = (config.merge_weight, config.bias_limit)
+    if width <= FEW:
+        few = (nearest, passes.view(torch.uint8), pages, width)
+        fold_few_kernel[(heads * width,)](*cache, *few, *weights, EVICTED=triton.next_power_of_2(width), **rule)
+        return
     nobody = pairs.most_used
     target, order = torch.where(passes, nearest, nobody).sort(dim=-1, stable=True)
     segments = min(width, pairs.most_kept)
     begin = torch.empty(heads, segments + 1, dtype=torch.int32, device=pool.device)
     count = torch.empty(heads, dtype=torch.int32, device=pool.device)
     segments_kernel[(heads,)](target, begin, count, width, segments + 1, nobody, BLOCK=2048, num_warps=8)
-    conserves = config.merge is Merge.CONSERVE
-    fold_kernel[(heads * segments,)](
-        pool.k,
-        pool.v,
-        pool.score,
-        pool.position,
-        pool.bias,
-        pairs.tables,
-        pairs.seen,
-        evicted,
-        similarity,
-        target,
-        order,
-        begin,
-        count,
-        pairs.tables.shape[1],
-        width,
-        segments,
-        config.merge_weight,
-        config.bias_limit,
-        HEADS=pool.kv_heads,
-        PAGE=pool.page_size,
-        DIM=pool.head_dim,
-        BLOCK_D=triton.next_power_of_2(pool.head_dim),
-        PAPER=config.merge is Merge.PAPER,
-        CONSERVE=conserves,
-        KEYS=not conserves or config.merge_keys,
-        BIAS=conserves and config.merge_bias,
-        MEMBERS=members,
-        num_warps=warps,
-    )
+    lists = (target, order, begin, count, pages, width, segments)
+    fold_kernel[(heads * segments,)](*cache, *lists, *weights, **rule)
 
 
 def move(pool: PagedTensors, pairs: Pairs, selection: Selection) -> None:

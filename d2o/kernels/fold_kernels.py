@@ -54,6 +54,99 @@ def _mean_attention(
     return total, total / queries.to(tl.float32)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _pull(
+    values: tl.tensor,
+    keys: tl.tensor,
+    whole: tl.tensor,
+    gained: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    score: tl.tensor,
+    position: tl.tensor,
+    evicted: tl.tensor,
+    similarity: tl.tensor,
+    table: tl.tensor,
+    source: tl.tensor,
+    inside: tl.tensor,
+    head: tl.tensor,
+    seen: tl.tensor,
+    HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAPER: tl.constexpr,
+    CONSERVE: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Adds the members ``source`` of the head's list to a survivor's sums: values, keys, weights and scores."""
+    d = tl.arange(0, BLOCK_D)
+    slot = tl.load(evicted + source, mask=inside, other=0)
+    row = slot_row(table, slot, inside, head, HEADS, PAGE)
+    if CONSERVE:
+        total, weight = _mean_attention(score, position, row, inside, seen)
+        gained += total
+        whole += weight
+    else:
+        weight = tl.load(similarity + source, mask=inside, other=0.0)
+        if PAPER:
+            weight = tl.where(inside, tl.exp(weight), 0.0)
+            whole += weight
+        else:
+            whole += inside.to(tl.float32)
+    mask = inside[:, None] & (d < DIM)[None, :]
+    pulled = tl.load(v + row[:, None] * DIM + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    values += tl.sum(pulled * weight[:, None], 0)
+    if KEYS:
+        pulled = tl.load(k + row[:, None] * DIM + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        keys += tl.sum(pulled * weight[:, None], 0)
+    return values, keys, whole, gained
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _blend(
+    values: tl.tensor,
+    keys: tl.tensor,
+    whole: tl.tensor,
+    gained: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    score: tl.tensor,
+    position: tl.tensor,
+    bias: tl.tensor,
+    row: tl.tensor,
+    seen: tl.tensor,
+    merge_weight: tl.tensor,
+    bias_limit: tl.tensor,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAPER: tl.constexpr,
+    CONSERVE: tl.constexpr,
+    KEYS: tl.constexpr,
+    BIAS: tl.constexpr,
+) -> None:
+    """Makes the survivor at ``row`` the weighted mean of itself and its members' sums."""
+    if CONSERVE:
+        total, mean = _mean_attention(score, position, row, row >= 0, seen)
+        own = tl.maximum(mean, _SMALLEST_MASS)
+        tl.store(score + row, total + tl.sum(gained, 0))
+    elif PAPER:
+        own = merge_weight
+    else:
+        own = 1.0
+    whole_weight = tl.sum(whole, 0) + own
+    d = tl.arange(0, BLOCK_D)
+    real = d < DIM
+    old = tl.load(v + row * DIM + d, mask=real, other=0.0).to(tl.float32)
+    tl.store(v + row * DIM + d, ((values + old * own) / whole_weight).to(v.dtype.element_ty), mask=real)
+    if KEYS:
+        old = tl.load(k + row * DIM + d, mask=real, other=0.0).to(tl.float32)
+        tl.store(k + row * DIM + d, ((keys + old * own) / whole_weight).to(k.dtype.element_ty), mask=real)
+    if BIAS:
+        raised = tl.load(bias + row) - tl.log(own / whole_weight)
+        tl.store(bias + row, tl.minimum(tl.maximum(raised, 0.0), bias_limit))
+
+
 @triton.jit(do_not_specialize=["pages", "width", "segments", "merge_weight", "bias_limit"])  # type: ignore[untyped-decorator]
 def fold_kernel(
     k: tl.tensor,
@@ -84,63 +177,85 @@ def fold_kernel(
     BIAS: tl.constexpr,
     MEMBERS: tl.constexpr,
 ) -> None:
+    """Program (owner, survivor): its members follow one another in the sorted targets."""
     owner = (tl.program_id(0) // segments).to(tl.int64)
     nth = tl.program_id(0) % segments
     if nth >= tl.load(count + owner):
         return
-    pair = owner // HEADS
-    head = owner % HEADS
-    table = tables + pair * pages
-    queries = tl.load(seen + pair)
+    pair, head, own = owner // HEADS, owner % HEADS, owner * width
+    table, queries = tables + pair * pages, tl.load(seen + pair)
     low = tl.load(begin + owner * (segments + 1) + nth)
     high = tl.load(begin + owner * (segments + 1) + nth + 1)
-    lane = tl.arange(0, MEMBERS)
-    d = tl.arange(0, BLOCK_D)
-    whole = tl.zeros((MEMBERS,), tl.float32)
-    gained = tl.zeros((MEMBERS,), tl.float32)
-    values = tl.zeros((BLOCK_D,), tl.float32)
-    keys = tl.zeros((BLOCK_D,), tl.float32)
+    whole, gained = tl.zeros((MEMBERS,), tl.float32), tl.zeros((MEMBERS,), tl.float32)
+    values, keys = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     for start in range(low, high, MEMBERS):
-        inside = start + lane < high
-        source = tl.load(order + owner * width + start + lane, mask=inside, other=0)
-        slot = tl.load(evicted + owner * width + source, mask=inside, other=0)
-        row = slot_row(table, slot, inside, head, HEADS, PAGE)
-        if CONSERVE:
-            total, weight = _mean_attention(score, position, row, inside, queries)
-            gained += total
-            whole += weight
-        else:
-            weight = tl.load(similarity + owner * width + source, mask=inside, other=0.0)
-            if PAPER:
-                weight = tl.where(inside, tl.exp(weight), 0.0)
-                whole += weight
-            else:
-                whole += inside.to(tl.float32)
-        mask = inside[:, None] & (d < DIM)[None, :]
-        pulled = tl.load(v + row[:, None] * DIM + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        values += tl.sum(pulled * weight[:, None], 0)
-        if KEYS:
-            pulled = tl.load(k + row[:, None] * DIM + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            keys += tl.sum(pulled * weight[:, None], 0)
-    row = slot_row(table, tl.load(target + owner * width + low), low >= 0, head, HEADS, PAGE)
-    if CONSERVE:
-        total, mean = _mean_attention(score, position, row, low >= 0, queries)
-        own = tl.maximum(mean, _SMALLEST_MASS)
-        tl.store(score + row, total + tl.sum(gained, 0))
-    elif PAPER:
-        own = merge_weight
-    else:
-        own = 1.0
-    whole_weight = tl.sum(whole, 0) + own
-    real = d < DIM
-    old = tl.load(v + row * DIM + d, mask=real, other=0.0).to(tl.float32)
-    tl.store(v + row * DIM + d, ((values + old * own) / whole_weight).to(v.dtype.element_ty), mask=real)
-    if KEYS:
-        old = tl.load(k + row * DIM + d, mask=real, other=0.0).to(tl.float32)
-        tl.store(k + row * DIM + d, ((keys + old * own) / whole_weight).to(k.dtype.element_ty), mask=real)
-    if BIAS:
-        raised = tl.load(bias + row) - tl.log(own / whole_weight)
-        tl.store(bias + row, tl.minimum(tl.maximum(raised, 0.0), bias_limit))
+        lane = start + tl.arange(0, MEMBERS)
+        source = tl.load(order + own + lane, mask=lane < high, other=0)
+        values, keys, whole, gained = _pull(
+            values, keys, whole, gained, k, v, score, position, evicted + own, similarity + own, table, source,
+            lane < high, head, queries, HEADS, PAGE, DIM, BLOCK_D, PAPER, CONSERVE, KEYS,
+        )  # fmt: skip
+    row = slot_row(table, tl.load(target + own + low), low >= 0, head, HEADS, PAGE)
+    _blend(
+        values, keys, whole, gained, k, v, score, position, bias, row, queries, merge_weight, bias_limit,
+        DIM, BLOCK_D, PAPER, CONSERVE, KEYS, BIAS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["pages", "width", "merge_weight", "bias_limit"])  # type: ignore[untyped-decorator]
+def fold_few_kernel(
+    k: tl.tensor,
+    v: tl.tensor,
+    score: tl.tensor,
+    position: tl.tensor,
+    bias: tl.tensor,
+    tables: tl.tensor,
+    seen: tl.tensor,
+    evicted: tl.tensor,
+    similarity: tl.tensor,
+    nearest: tl.tensor,
+    passes: tl.tensor,
+    pages: tl.tensor,
+    width: tl.tensor,
+    merge_weight: tl.tensor,
+    bias_limit: tl.tensor,
+    EVICTED: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAPER: tl.constexpr,
+    CONSERVE: tl.constexpr,
+    KEYS: tl.constexpr,
+    BIAS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+) -> None:
+    """Program (owner, evicted token): the first that goes to a survivor folds all of those that go there."""
+    owner = (tl.program_id(0) // width).to(tl.int64)
+    nth = tl.program_id(0) % width
+    pair, head, own = owner // HEADS, owner % HEADS, owner * width
+    each = tl.arange(0, EVICTED)
+    chosen = tl.load(passes + own + each, mask=each < width, other=0) > 0
+    target = tl.load(nearest + own + nth)
+    member = chosen & (tl.load(nearest + own + each, mask=chosen, other=-1) == target)
+    if tl.min(tl.where(member, each, EVICTED), 0) != nth:
+        return
+    table, queries = tables + pair * pages, tl.load(seen + pair)
+    rank, count = tl.cumsum(member.to(tl.int32), 0) - 1, tl.sum(member.to(tl.int32), 0)
+    whole, gained = tl.zeros((MEMBERS,), tl.float32), tl.zeros((MEMBERS,), tl.float32)
+    values, keys = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, count, MEMBERS):
+        lane = start + tl.arange(0, MEMBERS)
+        source = tl.sum(tl.where(member[None, :] & (rank[None, :] == lane[:, None]), each[None, :], 0), 1)
+        values, keys, whole, gained = _pull(
+            values, keys, whole, gained, k, v, score, position, evicted + own, similarity + own, table, source,
+            lane < count, head, queries, HEADS, PAGE, DIM, BLOCK_D, PAPER, CONSERVE, KEYS,
+        )  # fmt: skip
+    row = slot_row(table, target, target >= 0, head, HEADS, PAGE)
+    _blend(
+        values, keys, whole, gained, k, v, score, position, bias, row, queries, merge_weight, bias_limit,
+        DIM, BLOCK_D, PAPER, CONSERVE, KEYS, BIAS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pages", "most_kept", "most_evicted", "blocks"])  # type: ignore[untyped-decorator]

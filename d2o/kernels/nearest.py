@@ -14,11 +14,9 @@ from torch import Tensor
 
 from d2o.kernels.nearest_kernels import direct_kernel, stage_kernel, staged_kernel
 from d2o.kernels.paged import PagedTensors
-from d2o.kernels.pairs import Pairs
+from d2o.kernels.pairs import FEW, Pairs
 from d2o.kernels.select import Selection
 
-# Up to so many evicted keys are held by one program, which reads every key of its head once.
-DIRECT_EVICTED = 64
 # Staged survivors are padded to the largest tile of a sweep.
 _PADDED = 256
 
@@ -55,7 +53,7 @@ def nearest(
         into_sinks: whether sinks may be found.
         tiling: how to cut the work; by default what suits head_dim and dtype.
     """
-    direct = evicted.shape[-1] <= DIRECT_EVICTED
+    direct = evicted.shape[-1] <= FEW
     tiling = tiling or (_direct_tiling if direct else _staged_tiling)(pool, evicted.shape[-1])
     slot = torch.empty_like(evicted)
     similarity = torch.empty_like(evicted, dtype=torch.float32)

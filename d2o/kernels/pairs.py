@@ -12,12 +12,16 @@ from torch import Tensor
 CLASS_SHIFT = tl.constexpr(60)
 SINK = tl.constexpr(3)
 
+FEW = 64
+"""Evicted tokens of a head that one program holds: a page's worth, as decode evicts, is no more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
     """The (layer, row) pairs of one call; vectors are [pairs] int32 on the device.
 
     Attributes:
+        places: where each pair stands in the block table, ``layer * rows + row``.
         tables: [pairs, pages] int32, the pages of each pair.
         used, keep, seen: as in :func:`d2o.kernels.evict.evict_in_place`.
         recent_from: the first position of the recent window.
@@ -25,6 +29,7 @@ class Pairs:
         most_used, most_kept, most_evicted: of any pair, on the host.
     """
 
+    places: Tensor
     tables: Tensor
     used: Tensor
     keep: Tensor

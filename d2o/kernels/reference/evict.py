@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from d2o.compressor import Slots, compress
 from d2o.config import D2OConfig
-from d2o.kernels.evict import Evicted
 from d2o.kernels.paged import PagedTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """What became of each pair, all on the device.
+
+    Attributes:
+        threshold: [pairs, kv_heads] float32, the moved similarity threshold.
+        merged, dropped: [pairs] float32, evicted tokens that were merged and dropped, means over KV heads.
+    """
+
+    threshold: Tensor
+    merged: Tensor
+    dropped: Tensor
 
 
 def slots_of(pool: PagedTensors, tables: Tensor, used: Tensor) -> Slots:
@@ -41,7 +56,10 @@ def evict_in_place(
     config: D2OConfig,
     window: Tensor | None = None,
 ) -> Evicted:
-    """As :func:`d2o.kernels.evict.evict_in_place`; survivors come in ascending position."""
+    """As :func:`d2o.kernels.evict.evict_in_place`; survivors come in ascending position.
+
+    ``threshold`` is [pairs, kv_heads], on the device, from the previous eviction.
+    """
     tables = block_table[layers.long(), rows.long()]
     result = compress(
         slots_of(pool, tables, used),

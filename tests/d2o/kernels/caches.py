@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from d2o.config import D2OConfig
-from d2o.kernels.evict import Evicted, evict_in_place, pairs_of
+from d2o.kernels.evict import evict_in_place, pairs_of
+from d2o.kernels.history import History
 from d2o.kernels.paged import PagedTensors
 from d2o.kernels.pairs import Pairs
 from d2o.kernels.reference import evict as twin
+from d2o.kernels.reference.evict import Evicted
 from tests.d2o.batches import random_batch
 
+# What had become of each row's tokens before.
+_BEFORE = 4.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -41,7 +45,28 @@ class Case:
         return {each.name: getattr(self, each.name) for each in fields(self)} | {"config": config}
 
     def evict(self, config: D2OConfig, **more: Any) -> Evicted:
-        return evict_in_place(**self.arguments(config), **more)
+        history, others = self.history(), self.others()
+        arguments = self.arguments(config) | {"history": history}
+        del arguments["threshold"]
+        evict_in_place(**arguments, **more)
+        assert history.threshold.isnan()[others].all()
+        assert (history.fates[:, others] == _BEFORE).all()
+        merged, dropped = history.fates[:, self.layers, self.rows] - _BEFORE
+        return Evicted(history.threshold[self.layers, self.rows], merged, dropped)
+
+    def history(self) -> History:
+        """The pairs' thresholds, and fates that are not the first; no other row had an eviction."""
+        layers, rows = self.block_table.shape[:2]
+        history = History.empty(layers, rows, self.pool.kv_heads, self.pool.device)
+        history.threshold[self.layers, self.rows] = self.threshold
+        history.fates.fill_(_BEFORE)
+        return history
+
+    def others(self) -> Tensor:
+        """[layers, rows] bool, where none of the pairs is."""
+        others = torch.ones(self.block_table.shape[:2], dtype=torch.bool, device=self.pool.device)
+        others[self.layers, self.rows] = False
+        return others
 
     def evict_by_twin(self, config: D2OConfig) -> Evicted:
         return twin.evict_in_place(**self.arguments(config))
@@ -52,7 +77,7 @@ class Case:
 
     @property
     def tables(self) -> Tensor:
-        return self.block_table[self.layers.long(), self.rows.long()]
+        return self.block_table[self.layers, self.rows]
 
     def survivors(self, pair: int) -> dict[str, Tensor]:
         """The first ``keep`` slots of a pair in ascending position, [kv_heads, keep, ...]."""
@@ -120,8 +145,8 @@ def random_case(
     return Case(
         pool=PagedTensors(*(getattr(pool, f.name).to(DEVICE) for f in fields(pool))),
         block_table=block_table.to(DEVICE),
-        layers=layers.int().to(DEVICE),
-        rows=rows.int().to(DEVICE),
+        layers=layers,
+        rows=rows,
         used=torch.tensor(used),
         keep=torch.tensor(keep),
         seen=batch.seen,

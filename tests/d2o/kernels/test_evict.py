@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2o.config import D2OConfig, Merge, Policy, Ranking, Scope, Threshold
-from d2o.kernels.evict import Evicted
+from d2o.kernels.reference.evict import Evicted
 from tests.d2o.kernels.caches import DEVICE, Case, random_case
 from tests.d2o.test_compressor import CONFIGS, SMALL
 

@@ -9,11 +9,12 @@ import sys
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from d2o.kernels import fold_kernels, nearest_kernels, select_kernels
+from d2o.kernels import fold_kernels, judge, nearest_kernels, select_kernels
 
 TYPES = dict.fromkeys("k v staged".split(), "*bf16") | {"merge_weight": "fp32", "bias_limit": "fp32"}
 TYPES |= dict.fromkeys("score bias pooled similarity".split(), "*fp32")
-TYPES |= dict.fromkeys("keys cut order".split(), "*i64")
+TYPES |= dict.fromkeys("threshold fates".split(), "*fp32") | dict.fromkeys("old_weight beta".split(), "fp32")
+TYPES |= dict.fromkeys("keys cut order".split(), "*i64") | {"passes": "*u8", "places": "*i32"}
 COUNTS = "tables used keep seen recent_from wanted position kept evicted fallback nearest target begin count"
 TYPES |= dict.fromkeys(COUNTS.split(), "*i32")
 POOL = {"HEADS": 8, "PAGE": 32}
@@ -21,6 +22,7 @@ CACHE = POOL | {"DIM": 96, "BLOCK_D": 128}
 KEYS = POOL | {"SHARED": 1, "SUM": False, "BLEND": 0.5, "STAGE": 2, "BLOCK": 1024}
 SEARCH = CACHE | {"INTO_SINKS": False}
 FOLD = CACHE | {"PAPER": False, "CONSERVE": True, "KEYS": True, "BIAS": True, "MEMBERS": 8}
+JUDGE = {"HEADS": 8, "HEADS_PAD": 8, "EVICTED": 64, "RULE": 1, "LAYER": False}
 WORK = [
     (select_kernels.keys_kernel, KEYS, 4, 3),
     (select_kernels.cut_kernel, {"CHOICES": 8, "BLOCK": 2048}, 8, 3),
@@ -30,6 +32,9 @@ WORK = [
     (nearest_kernels.direct_kernel, SEARCH | {"EVICTED": 32, "SLOTS": 64}, 4, 3),
     (fold_kernels.segments_kernel, {"BLOCK": 2048}, 8, 3),
     (fold_kernels.fold_kernel, FOLD, 1, 3),
+    (fold_kernels.fold_few_kernel, FOLD | {"EVICTED": 32}, 1, 3),
+    (judge.judge_kernel, JUDGE, 4, 3),
+    (judge.judge_kernel, JUDGE | {"RULE": 2, "LAYER": True}, 4, 3),
     (fold_kernels.move_kernel, CACHE | {"MOVES": 32}, 4, 3),
 ]
 for kernel, constants, warps, stages in WORK:

@@ -79,8 +79,9 @@ def assert_folds(case: Case, config: D2OConfig, *, hub: bool = False, seed: int 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("hub", [False, True], ids=["spread", "hub"])
-def test_merges_agree_with_the_twin(config: D2OConfig, hub: bool) -> None:
-    case = random_case([60, 30], [20, 27], heads=3, dim=24, shuffled=True, seed=7)
+@pytest.mark.parametrize("used", [60, 110], ids=["few", "many"])
+def test_merges_agree_with_the_twin(config: D2OConfig, hub: bool, used: int) -> None:
+    case = random_case([used, 30], [20, 27], heads=3, dim=24, shuffled=True, seed=7)
     assert_folds(case, config, hub=hub, seed=len(str(config)))
 
 

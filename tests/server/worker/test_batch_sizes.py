@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2o_server.worker.gpu.batch_sizes import candidates, product_seconds, worth_capturing
+from d2o_server.worker.gpu.batch_sizes import (
+    LIBRARIES,
+    BatchSize,
+    candidates,
+    multiplying_by,
+    product_seconds,
+    worth_capturing,
+)
 from tests.server.worker.conftest import load
 
 
@@ -18,17 +25,38 @@ def test_candidates_reach_the_most_and_waste_little(most: int) -> None:
         assert next(size for size in sizes if size >= batch) < batch + 16
 
 
+def kept(sizes: list[int], seconds: list[float]) -> list[int]:
+    """What is captured where both libraries are equally quick."""
+    chosen = worth_capturing(sizes, dict.fromkeys(LIBRARIES, seconds))
+    assert {size.library for size in chosen} == {LIBRARIES[0]}
+    return [size.rows for size in chosen]
+
+
 def test_a_size_that_is_slower_than_a_larger_one_is_padded() -> None:
-    assert worth_capturing([8, 16, 24, 32], [1.0, 2.0, 5.0, 4.0]) == [8, 16, 32]
+    assert kept([8, 16, 24, 32], [1.0, 2.0, 5.0, 4.0]) == [8, 16, 32]
 
 
 def test_sizes_that_cost_the_same_are_one() -> None:
-    assert worth_capturing([2, 4, 8, 16], [1.0, 1.001, 1.002, 1.003]) == [16]
+    assert kept([2, 4, 8, 16], [1.0, 1.001, 1.002, 1.003]) == [16]
 
 
 def test_the_largest_is_always_there() -> None:
-    assert worth_capturing([2, 3], [1.0, 9.0]) == [2, 3]
-    assert worth_capturing([2], [1.0]) == [2]
+    assert kept([2, 3], [1.0, 9.0]) == [2, 3]
+    assert kept([2], [1.0]) == [2]
+
+
+def test_each_size_has_the_library_that_is_quicker_at_it() -> None:
+    seconds = {"cublas": [1.0, 2.0, 3.0, 4.0], "cublaslt": [1.1, 1.9, 2.99, 3.9]}
+    assert worth_capturing([8, 16, 24, 32], seconds) == [
+        BatchSize(8, "cublas"),
+        BatchSize(16, "cublaslt"),
+        BatchSize(24, "cublas"),
+        BatchSize(32, "cublaslt"),
+    ]
+
+
+def test_a_size_is_padded_where_the_other_library_makes_a_larger_one_quicker() -> None:
+    assert worth_capturing([8, 16], {"cublas": [2.0, 3.0], "cublaslt": [2.0, 1.9]}) == [BatchSize(16, "cublaslt")]
 
 
 @pytest.mark.gpu
@@ -38,3 +66,18 @@ def test_more_rows_are_measured_as_more_work() -> None:
     model.to("cuda")  # type: ignore[arg-type]
     few, many = product_seconds(model, [2, 65536], layers=3)
     assert 0 < few < many
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_both_libraries_give_the_same_products_and_the_first_is_used_again_afterwards(library: str) -> None:
+    generator = torch.Generator("cuda").manual_seed(3)
+    x, weight = (torch.randn(n, 512, device="cuda", generator=generator) for n in (48, 96))
+    before = torch.backends.cuda.preferred_blas_library()
+    with multiplying_by(library):
+        assert str(torch.backends.cuda.preferred_blas_library()).lower().endswith(f".{library}")
+        ours = torch.nn.functional.linear(x.bfloat16(), weight.bfloat16())
+    assert torch.backends.cuda.preferred_blas_library() == before
+    exact = x.bfloat16().double() @ weight.bfloat16().double().T
+    torch.testing.assert_close(ours.double(), exact, rtol=0.01, atol=0.1)

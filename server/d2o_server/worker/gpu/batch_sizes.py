@@ -1,11 +1,15 @@
-"""Which batch sizes are worth a captured decode step. What a matrix product costs does not always grow with its rows:
-libraries choose among kernels by rules of thumb, and at some sizes a padded batch is the quicker one.
+"""Which batch sizes are worth a captured decode step, and whose matrix products each is captured with.
+
+What a product costs does not always grow with its rows: libraries choose among kernels by rules of thumb, so at some
+sizes a padded batch is the quicker one, and NVIDIA's two libraries choose differently.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,11 +17,33 @@ from torch import Tensor, nn
 
 from d2o_server.worker.gpu.model import SharedProjection
 
-_ROUNDS = 2
+LIBRARIES = ("cublas", "cublaslt")
+"""As torch names them; the first is the one that it uses by itself."""
+
+_ROUNDS = 3
 _WEIGHTS_A_SHAPE = 4
 # What a sequence of padding costs a layer's attention and elementwise kernels.
 _ROW_SECONDS = 3e-8
 _WORTH = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSize:
+    """A batch size to capture: rows, and the library whose products are quickest at so many."""
+
+    rows: int
+    library: str = LIBRARIES[0]
+
+
+@contextmanager
+def multiplying_by(library: str) -> Iterator[None]:
+    """Has torch multiply by one of ``LIBRARIES`` on the GPU; a captured graph keeps the one it was captured with."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(library)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 def candidates(most: int) -> list[int]:
@@ -26,19 +52,27 @@ def candidates(most: int) -> list[int]:
     return [size for size in sizes if size < most] + [max(2, most)]
 
 
-def worth_capturing(sizes: Sequence[int], seconds: Sequence[float]) -> list[int]:
-    """Those of ``sizes``, ascending, that save a hundredth of ``seconds`` over padding to the next; and the last."""
-    kept: list[int] = []
+def worth_capturing(sizes: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> list[BatchSize]:
+    """Those of ``sizes``, ascending, that save a hundredth of their seconds over padding to the next; and the last.
+
+    ``seconds`` is by library, then by size; another library than torch's own must save a hundredth, too.
+    """
+    kept: list[BatchSize] = []
     least = float("inf")
-    for size, cost in sorted(zip(sizes, seconds, strict=True), reverse=True):
+    for nth in reversed(range(len(sizes))):
+        library = LIBRARIES[0]
+        for other in LIBRARIES[1:]:
+            if seconds[other][nth] < seconds[library][nth] * (1 - _WORTH):
+                library = other
+        cost = seconds[library][nth]
         if cost < least * (1 - _WORTH):
-            kept.append(size)
+            kept.append(BatchSize(sizes[nth], library))
             least = cost
     return kept[::-1]
 
 
 @torch.inference_mode()
-def product_seconds(model: nn.Module, sizes: Sequence[int], layers: int) -> list[float]:
+def product_seconds(model: nn.Module, sizes: Sequence[int], layers: int, library: str = LIBRARIES[0]) -> list[float]:
     """How long the matrix products of a decode step take for each number of rows, and what padding rows cost besides.
 
     Measured on weights that are not in the cache: several of each shape in turn.
@@ -46,10 +80,11 @@ def product_seconds(model: nn.Module, sizes: Sequence[int], layers: int) -> list
     by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for weight in {id(weight): weight for weight in _weights(model)}.values():
         by_shape[weight.shape].append(weight)
-    return [
-        layers * size * _ROW_SECONDS + sum(len(group) * _seconds(group, size) for group in by_shape.values())
-        for size in sizes
-    ]
+    with multiplying_by(library):
+        return [
+            layers * size * _ROW_SECONDS + sum(len(group) * _seconds(group, size) for group in by_shape.values())
+            for size in sizes
+        ]
 
 
 def _weights(model: nn.Module) -> list[Tensor]:

@@ -17,7 +17,7 @@ from d2o_server.engine.scheduler import Scheduler
 from d2o_server.errors import SettingsError
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.core import WorkerCore
-from d2o_server.worker.gpu.batch_sizes import candidates, product_seconds, worth_capturing
+from d2o_server.worker.gpu.batch_sizes import LIBRARIES, candidates, product_seconds, worth_capturing
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.model import Forward, forward_of, join_projections
 from d2o_server.worker.gpu.operator import AttentionOperator
@@ -58,7 +58,8 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
     core = assemble(plan, forward, operator, plan.checked(pages))
     if settings.graphs and isinstance(core.runner, KernelRunner):
         sizes = candidates(settings.max_sequences)
-        seconds = plan.ranks.mean(product_seconds(model, sizes, plan.shape.layers))
+        layers = plan.shape.layers
+        seconds = {each: plan.ranks.mean(product_seconds(model, sizes, layers, each)) for each in LIBRARIES}
         core.runner.capture(worth_capturing(sizes, seconds), progress)
     progress("warming up")
     warm_up(core)

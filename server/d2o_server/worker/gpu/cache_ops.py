@@ -7,9 +7,10 @@ from torch import Tensor
 
 from d2o.config import D2OConfig
 from d2o.kernels.evict import evict_in_place
+from d2o.kernels.history import History
 from d2o.kernels.paged import PagedTensors
 from d2o.pages import PagePool
-from d2o_server.worker.cache_ops import NO_THRESHOLD, HostSpan, Span
+from d2o_server.worker.cache_ops import HostSpan, Span
 from d2o_server.worker.gpu.device import DeviceSpan, upload
 
 
@@ -19,6 +20,7 @@ class KernelCacheOps:
     Attributes:
         pool: a mirrored pool.
         paged: its tensors as kernels take them.
+        history: thresholds and fates of its rows.
         table: [layers, rows, pages_per_row] int32, the block table on the device as of the last :meth:`sync_table`.
         padding_row: a row that no sequence has; all of its entries are the pool's spare page.
     """
@@ -31,8 +33,7 @@ class KernelCacheOps:
         self.table = torch.zeros(pool.block_table.shape, dtype=torch.int32, device=device)
         self.padding_row = pool.open_row()
         self.table[:, self.padding_row] = pool.num_pages
-        self.threshold = torch.full((layers, rows, pool.kv_heads), NO_THRESHOLD, device=device)
-        self._fates = torch.zeros(2, layers, rows, device=device)
+        self.history = History.empty(layers, rows, pool.kv_heads, device)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._evicted: dict[int, torch.cuda.Event | None] = {}
 
@@ -44,10 +45,9 @@ class KernelCacheOps:
             self.table.view(-1)[both[0]] = both[1].int()
 
     def reset(self, row: int) -> None:
-        self.threshold[:, row] = NO_THRESHOLD
         if row in self._evicted:
             del self._evicted[row]
-            self._fates[:, :, row] = 0
+            self.history.forget(row)
 
     def clear_new(self, rows: Tensor, counts: Tensor, seen: Tensor) -> Tensor:
         """Nothing: attention's kernels find the new slots from the lengths and set all that is stored of them."""
@@ -63,24 +63,18 @@ class KernelCacheOps:
         if over.numel() < layers.numel():
             layers, rows, keep, seen = layers[over], rows[over], keep[over], seen[over]
             window = None if window is None else window[upload(over, pool.device)]
-        # By one index, as no two pairs are the same: torch makes two dozen launches of adding at pairs of indices.
-        place = layers * pool.block_table.shape[1] + rows
-        at_layer, at_row, at = upload(torch.stack([layers, rows, place]), pool.device)
-        thresholds = self.threshold.view(-1, pool.kv_heads)
-        result = evict_in_place(
+        evict_in_place(
             self.paged,
             self.table,
-            at_layer,
-            at_row,
+            layers,
+            rows,
             used=pool.used[layers, rows],
             keep=keep,
             seen=seen,
-            threshold=thresholds.index_select(0, at),
+            history=self.history,
             config=config,
             window=window,
         )
-        thresholds.index_copy_(0, at, result.threshold)
-        self._fates.view(2, -1).index_add_(1, at, torch.stack([result.merged, result.dropped]))
         pool.used[layers, rows] = keep
         pool.release(layers, rows)
         self._note(rows)
@@ -113,12 +107,12 @@ class KernelCacheOps:
             return [0.0] * self.pool.layers, [0.0] * self.pool.layers
         event = self._evicted[row]
         if self._side is None or event is None:
-            merged, dropped = self._fates[:, :, row].tolist()
+            merged, dropped = self.history.fates[:, :, row].tolist()
             return merged, dropped
         # On a stream of its own: the steps that were launched since need not end first.
         with torch.cuda.stream(self._side):
             self._side.wait_event(event)
-            merged, dropped = self._fates[:, :, row].tolist()
+            merged, dropped = self.history.fates[:, :, row].tolist()
         return merged, dropped
 
     def span(self) -> Span:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2o.kernels.decode import DecodeGrid, DecodePlan, DecodeWorkspace, plan_decode
+from d2o_server.worker.gpu.batch_sizes import BatchSize, multiplying_by
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.device import upload
 from d2o_server.worker.gpu.model import Forward, Logits
@@ -74,22 +76,27 @@ class DecodeGraphs:
         self._sizes: list[int] = []
         self._captured: dict[tuple[int, bool], _Captured] = {}
 
-    def capture(self, sizes: list[int], progress: Callable[[str], None]) -> None:
+    def capture(self, sizes: list[BatchSize], progress: Callable[[str], None]) -> None:
         """Captures graphs for these batch sizes, with and without scores; the memory of the largest serves all."""
         pool = None
-        for size in sorted(sizes, reverse=True):
-            progress(f"capturing decode steps of {size} sequences")
+        for size in sorted(sizes, key=lambda size: size.rows, reverse=True):
+            progress(f"capturing decode steps of {size.rows} sequences")
             for scored in (True, False):
-                self._fill_with_padding(size)
-                for _ in range(_WARM_UP_RUNS):
-                    self._run(size, scored)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    result = self._run(size, scored)
-                pool = graph.pool()
-                self._captured[size, scored] = _Captured(graph, result)
-        self._sizes = sorted(sizes)
+                with multiplying_by(size.library):
+                    captured = self._capture(size.rows, scored, pool)
+                pool = captured.graph.pool()
+                self._captured[size.rows, scored] = captured
+        self._sizes = sorted(size.rows for size in sizes)
+
+    def _capture(self, size: int, scored: bool, pool: Any) -> _Captured:
+        self._fill_with_padding(size)
+        for _ in range(_WARM_UP_RUNS):
+            self._run(size, scored)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = self._run(size, scored)
+        return _Captured(graph, result)
 
     def _fill_with_padding(self, size: int) -> None:
         nobody = torch.empty(0, dtype=torch.int32)

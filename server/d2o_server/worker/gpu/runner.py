@@ -14,6 +14,7 @@ from d2o_server.engine.scheduler import PrefillSlice, StepPlan
 from d2o_server.engine.sequence import Sequence
 from d2o_server.errors import ServerError
 from d2o_server.worker.caches import CacheManager
+from d2o_server.worker.gpu.batch_sizes import BatchSize
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.device import Download, upload
 from d2o_server.worker.gpu.draws import draw_rows
@@ -91,7 +92,7 @@ class KernelRunner(Runner):
         self._graphs = DecodeGraphs(forward, operator, ops, self._workspace, self._last_token, max_sequences)
 
     @torch.inference_mode()
-    def capture(self, sizes: list[int], progress: Callable[[str], None]) -> None:
+    def capture(self, sizes: list[BatchSize], progress: Callable[[str], None]) -> None:
         """Captures decode steps of these batch sizes in CUDA graphs."""
         self._graphs.capture(sizes, progress)
 
