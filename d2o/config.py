@@ -72,8 +72,9 @@ class Ranking(StrEnum):
 class ScoreQueries:
     """Which prompt queries the attention scores are summed over (ALGORITHM section 1).
 
-    ``kind`` is ``"all"``, ``"last"`` (the last ``count`` queries) or ``"stride"`` (every ``count``-th block of
-    queries and always the last block, scaled up to an estimate of all).
+    ``kind`` is ``"all"``, ``"last"`` (the last ``count`` queries), ``"stride"`` (every ``count``-th block of
+    queries and always the last block, scaled up to an estimate of all) or ``"sample"`` (the least such stride that
+    still leaves ``count`` queries: all of a prompt shorter than twice as many).
     """
 
     kind: str = "all"
@@ -81,13 +82,20 @@ class ScoreQueries:
 
     @classmethod
     def parse(cls, text: str) -> ScoreQueries:
-        """Reads ``all``, ``last:W`` or ``stride:n``."""
+        """Reads ``all``, ``last:W``, ``stride:n`` or ``sample:Q``."""
         kind, _, count = text.partition(":")
         if kind == "all" and not count:
             return cls()
-        if kind in ("last", "stride") and count.isdecimal() and int(count) > 0:
+        if kind in ("last", "stride", "sample") and count.isdecimal() and int(count) > 0:
             return cls(kind=kind, count=int(count))
-        raise ConfigError("score_queries", text, "'all', 'last:W' or 'stride:n' with a positive whole number")
+        allowed = "'all', 'last:W', 'stride:n' or 'sample:Q' with a positive whole number"
+        raise ConfigError("score_queries", text, allowed)
+
+    def stride(self, prompt_tokens: int) -> int:
+        """Every how many-th block of such a prompt's queries counts; 1 is all of them."""
+        if self.kind == "sample":
+            return max(1, prompt_tokens // self.count)
+        return self.count if self.kind == "stride" else 1
 
     def __str__(self) -> str:
         return "all" if self.kind == "all" else f"{self.kind}:{self.count}"
@@ -148,7 +156,7 @@ class D2OConfig:
     window_blend: float = 0.0
     recurrence_share: float = 0.25
     ranking: Ranking = Ranking.MEAN
-    score_queries: ScoreQueries = ScoreQueries()
+    score_queries: ScoreQueries = ScoreQueries(kind="sample", count=4096)
     layer_budgets: LayerBudgets = LayerBudgets.VARIANCE
     layer_gain: float = 0.6
     layer_floor: float = 0.01
@@ -268,6 +276,7 @@ class D2OConfig:
             "window_quota": 0.0,
             "recurrence_share": 0.0,
             "threshold": Threshold.OFF,
+            "score_queries": ScoreQueries(),
         }
         match Policy(policy):
             case Policy.H2O:
@@ -300,6 +309,7 @@ _PAPER: dict[str, Any] = {
     "window_quota": 0.0,
     "recurrence_share": 0.0,
     "ranking": Ranking.SUM,
+    "score_queries": ScoreQueries(),
     "layer_budgets": LayerBudgets.PAPER,
     "merge": Merge.PAPER,
     "merge_into_sinks": True,

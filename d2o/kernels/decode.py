@@ -126,7 +126,7 @@ def decode_attention(
         *(pool.k, pool.v, pool.score, pool.position, pool.bias),
         positions,
         *(block_table, rows, *block_table.shape[1:]),
-        *(plan.lengths, plan.share, plan.first, plan.owner, layer, batch, grid.items),
+        *(plan.lengths, plan.share, plan.first, plan.owner, plan.widest, layer, batch, grid.items),
         *(workspace.partial, workspace.peak, workspace.total, workspace.stash, workspace.stash_peak),
         *(workspace.turns, workspace.arrivals, grid.chunks, workspace.stash.shape[-1] // lanes),
         float(scale if softcap is not None else scale * _LOG2_E),

@@ -15,7 +15,7 @@ from d2o.kernels.decode_finish import finish, take_turn
 from d2o.kernels.decode_scores import STASH_SCALE, UNIT
 
 _LOG2E = tl.constexpr(math.log2(math.e))
-_COUNTS = ["layer", "batch", "items", "table_rows", "table_columns", "chunks", "chunk_slots"]
+_COUNTS = ["layer", "batch", "items", "table_rows", "table_columns", "chunks", "room"]
 # Where these begin is the caller's business: a kernel for each alignment would only be compiled in mid-service.
 _CALLERS = ["q", "k_new", "v_new", "positions", "rows"]
 _STRIDES = ["q_batch", "q_head", "k_batch", "k_head", "v_batch", "v_head", "window"]
@@ -177,6 +177,7 @@ def attend_kernel(
     share: tl.tensor,
     first: tl.tensor,
     owner: tl.tensor,
+    widest: tl.tensor,
     layer: tl.tensor,
     batch: tl.tensor,
     items: tl.tensor,
@@ -188,7 +189,7 @@ def attend_kernel(
     turns: tl.tensor,
     arrivals: tl.tensor,
     chunks: tl.tensor,
-    chunk_slots: tl.tensor,
+    room: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     window: tl.tensor,
@@ -234,6 +235,7 @@ def attend_kernel(
     result = tl.zeros([DIM_PAD, ROWS], tl.float32)
     live = column >= 0
     chunk = (item % chunks) * KV_HEADS + head
+    chunk_slots = tl.multiple_of(tl.minimum(tl.load(widest + layer), room), UNIT)
     shift = tl.multiple_of(chunk.to(tl.int64) * chunk_slots, UNIT) - begin
     full = begin + chunk_slots
     if STASH and TOGETHER:

@@ -21,7 +21,9 @@ SHARE_SLOTS = 128
 WORTH_SLOTS = 2048
 """The best ``worth`` of a grid (docs/adr/0009): parts of a sequence wait for one another."""
 
-_WAVES = 4
+ROUNDS = 16
+"""Of programs on a GPU that a batch is cut into at most; one round is enough where the parts would be short."""
+
 # Of the attention kernel: those that surely run at once on a processor, and more than ever do.
 _SURELY_AT_ONCE, _AT_ONCE = 2, 5
 
@@ -47,12 +49,12 @@ class DecodeGrid:
 
     @classmethod
     def of(cls, batch: int, kv_heads: int, device: torch.device) -> DecodeGrid:
-        """About ``_WAVES`` rounds of programs on a GPU, and one for each sequence; anything goes elsewhere."""
+        """Up to ``ROUNDS`` rounds of programs on a GPU, and one for each sequence; anything goes elsewhere."""
         if device.type != "cuda":
-            return cls.alone(batch + _WAVES)
+            return cls.alone(batch + ROUNDS)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         parts = _SURELY_AT_ONCE * processors // kv_heads
-        items = batch + -(-_WAVES * _SURELY_AT_ONCE * processors // kv_heads)
+        items = batch + -(-ROUNDS * _SURELY_AT_ONCE * processors // kv_heads)
         return cls(items, parts, _AT_ONCE * processors // kv_heads, together=True) if parts else cls.alone(items)
 
     @classmethod
@@ -71,6 +73,7 @@ class DecodePlan:
         share: [layers, batch] int32, slots of each of the sequence's items but the last, which may have fewer.
         first: [layers, batch + 1] int32, first item of each sequence; the last entry is the number of items.
         owner: [layers, items] int32, the sequence of each item, -1 past the end.
+        widest: [layers] int32, the largest share.
     """
 
     grid: DecodeGrid
@@ -78,6 +81,7 @@ class DecodePlan:
     share: Tensor
     first: Tensor
     owner: Tensor
+    widest: Tensor
 
     @classmethod
     def empty(cls, lengths: Tensor, grid: DecodeGrid) -> DecodePlan:
@@ -89,6 +93,7 @@ class DecodePlan:
             torch.empty_like(lengths),
             lengths.new_empty(layers, batch + 1),
             lengths.new_empty(layers, grid.items),
+            lengths.new_empty(layers),
         )
 
     @property
@@ -102,7 +107,8 @@ class DecodeWorkspace:
 
     The stash holds the unnormalised probability by query head of an item's slots until the item's sequence is done,
     and is small enough to stay in the L2 cache. A chunk holds any item of the ``slots`` and ``longest`` that it was
-    allocated for; slots beyond that get no score, and nothing is overwritten.
+    allocated for; slots beyond that get no score, and nothing is overwritten. Where a step's items are shorter, its
+    chunks lie closer together: what is written to memory and read back costs eight times its bytes.
 
     Attributes:
         partial: [items, kv_heads, group, head_dim] float32, each item's unnormalised output.
@@ -173,7 +179,8 @@ def plan_decode(lengths: Tensor, grid: DecodeGrid, *, out: DecodePlan | None = N
     padded = triton.next_power_of_2(batch)
     tile = max(1, min(64, 8192 // padded))
     _plan_kernel[layers, triton.cdiv(items, tile)](
-        lengths, plan.share, plan.first, plan.owner, batch, items, grid.parts, SHARE_SLOTS, grid.worth, padded, tile
+        *(lengths, plan.share, plan.first, plan.owner, plan.widest),
+        *(batch, items, grid.parts, SHARE_SLOTS, grid.worth, ROUNDS, padded, tile),
     )
     return plan
 
@@ -184,11 +191,13 @@ def _plan_kernel(
     share: tl.tensor,
     first: tl.tensor,
     owner: tl.tensor,
+    widest: tl.tensor,
     batch: tl.tensor,
     items: tl.tensor,
     parts: tl.tensor,
     UNIT: tl.constexpr,
     WORTH: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BATCH: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
@@ -198,7 +207,8 @@ def _plan_kernel(
     inside = index < batch
     length = tl.load(lengths + layer * batch + index, mask=inside, other=0)
     slots = tl.sum(length, 0)
-    limit = tl.maximum(tl.cdiv(slots, items - batch), tl.minimum(WORTH, tl.cdiv(4 * slots, items - batch)))
+    once = tl.cdiv(ROUNDS * slots, items - batch)
+    limit = tl.maximum(tl.cdiv(slots, items - batch), tl.minimum(WORTH, once))
     limit = tl.maximum(tl.cdiv(limit, UNIT) * UNIT, UNIT)
     even = tl.cdiv(length, tl.minimum(tl.maximum(tl.cdiv(length, limit), 1), parts))
     even = tl.maximum(tl.cdiv(even, UNIT) * UNIT, UNIT)
@@ -210,3 +220,4 @@ def _plan_kernel(
         tl.store(share + layer * batch + index, even, mask=inside)
         tl.store(first + layer * (batch + 1) + index + 1, stop, mask=inside)
         tl.store(first + layer * (batch + 1), 0)
+        tl.store(widest + layer, tl.max(tl.where(inside, even, 0), 0))

@@ -274,7 +274,7 @@ def _compression(parsed: argparse.Namespace) -> Compression:
             ratio=parsed.ratio,
             min_budget=parsed.min_budget,
             budget_tokens=parsed.budget_tokens,
-            score_queries=ScoreQueries.parse(parsed.score_queries),
+            **({} if parsed.score_queries is None else {"score_queries": ScoreQueries.parse(parsed.score_queries)}),
         )
     except ConfigError as error:
         raise SettingsError(str(error)) from None
@@ -380,7 +380,9 @@ def _compression_flags(parser: argparse.ArgumentParser) -> None:
     compression.add_argument("--ratio", type=float, default=0.4, help="average budget as a share of the prompt")
     compression.add_argument("--min-budget", type=int, default=1024, help="lower bound of that budget, in tokens")
     compression.add_argument("--budget-tokens", type=int, help="absolute budget; replaces ratio and min-budget")
-    compression.add_argument("--score-queries", default="all", help="all, last:W or stride:n")
+    compression.add_argument(
+        "--score-queries", help="all, last:W, stride:n or sample:Q; without it sample:4096 for d2o, all for the others"
+    )
 
 
 def _serving_flags(parser: argparse.ArgumentParser) -> None:

@@ -50,6 +50,7 @@ from d2o.config import ConfigError, D2OConfig, LayerBudgets, Merge, Policy, Rank
         ("layer_budgets", "pyramid"),
         ("score_queries", "last:0"),
         ("score_queries", "first:3"),
+        ("score_queries", "sample:0"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: Any) -> None:
@@ -65,9 +66,32 @@ def test_names_are_accepted_for_enums() -> None:
     assert config.score_queries == ScoreQueries(kind="stride", count=4)
 
 
-@pytest.mark.parametrize("text", ["all", "last:32", "stride:8"])
+@pytest.mark.parametrize("text", ["all", "last:32", "stride:8", "sample:4096"])
 def test_score_queries_read_and_print_the_same(text: str) -> None:
     assert str(ScoreQueries.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("queries", "prompt", "stride"),
+    [
+        ("all", 1 << 20, 1),
+        ("last:32", 1 << 20, 1),
+        ("stride:8", 5, 8),
+        ("sample:4096", 1, 1),
+        ("sample:4096", 8191, 1),
+        ("sample:4096", 8192, 2),
+        ("sample:4096", 32768, 8),
+    ],
+)
+def test_a_sample_leaves_as_many_queries_as_it_says(queries: str, prompt: int, stride: int) -> None:
+    assert ScoreQueries.parse(queries).stride(prompt) == stride
+
+
+def test_only_the_default_samples_and_the_published_policies_sum_over_all_queries() -> None:
+    assert str(D2OConfig().score_queries) == "sample:4096"
+    published = [D2OConfig.of(policy) for policy in (Policy.H2O, Policy.SNAPKV, Policy.STREAMING)]
+    for config in (*published, D2OConfig.paper(), D2OConfig.authors()):
+        assert config.score_queries == ScoreQueries()
 
 
 def test_dense_layers_are_sorted_and_distinct() -> None:

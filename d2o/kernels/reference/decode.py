@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from d2o.kernels.decode_plan import ROUNDS
 from d2o.kernels.paged import PagedTensors
 
 
@@ -66,13 +67,13 @@ def decode_attention(
 def plan_shares(lengths: list[int], target: int, parts: int, unit: int, worth: int) -> list[int]:
     """Slots of each item but the last, for one layer's sequences: equal parts, none larger than a target's share.
 
-    Unless that is less than ``worth``: then as much, while it leaves a quarter of the target's parts. A sequence has
-    ``parts`` items at most.
+    Unless that is less than ``worth``: then as much, while it leaves one of the target's ``ROUNDS`` rounds. A sequence
+    has ``parts`` items at most.
     """
 
     def whole_units(slots: int, parts: int) -> int:
         return max(1, math.ceil(math.ceil(slots / parts) / unit)) * unit
 
     slots = sum(lengths)
-    limit = whole_units(max(math.ceil(slots / target), min(worth, math.ceil(4 * slots / target))), 1)
+    limit = whole_units(max(math.ceil(slots / target), min(worth, math.ceil(ROUNDS * slots / target))), 1)
     return [whole_units(length, min(parts, math.ceil(length / limit))) for length in lengths]

@@ -45,7 +45,7 @@ class PromptScores:
             None if self.window is None else self.window[layer],
             max(0, prompt - self.config.window_queries),
             prompt,
-            stride=queries.count if queries.kind == "stride" else 1,
+            stride=queries.stride(prompt),
             first_query=max(0, prompt - queries.count) if queries.kind == "last" else 0,
         )
 

@@ -16,7 +16,7 @@ from d2o.kernels.decode_kernels import attend_kernel
 TILE = "tensordesc<bf16[32,128]>"
 MODEL = dict.fromkeys("q k_new v_new k v out".split(), "*bf16") | {"described_k": TILE, "described_v": TILE}
 REAL = dict.fromkeys("score bias partial peak total stash_peak".split(), "*fp32")
-WHOLE = dict.fromkeys("position positions table rows lengths share first owner turns arrivals".split(), "*i32")
+WHOLE = dict.fromkeys("position positions table rows lengths share first owner widest turns arrivals".split(), "*i32")
 TYPES = MODEL | REAL | WHOLE | {"stash": "*fp16", "scale": "fp32", "softcap": "fp32"}
 SHAPE = {"KV_HEADS": 8, "GROUP": 3, "PAGE": 32, "DIM": 96, "DIM_PAD": 128, "BLOCK": 32, "ROWS": 8, "LANES": 4}
 RULE = {"WINDOW": True, "SOFTCAP": True, "BIAS": True, "RESET": True}

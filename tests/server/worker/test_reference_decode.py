@@ -120,9 +120,10 @@ class Reference:
         weights = torch.ones(tokens)
         if queries.kind == "last":
             weights[: max(0, tokens - queries.count)] = 0
-        elif queries.kind == "stride":
+        elif queries.kind in ("stride", "sample"):
+            stride = queries.count if queries.kind == "stride" else max(1, tokens // queries.count)
             block = torch.arange(tokens) // 64
-            weights = torch.where(block % queries.count == 0, float(queries.count), (block == block[-1]).float())
+            weights = torch.where(block % stride == 0, float(stride), (block == block[-1]).float())
         layer.received = (probabilities * weights[:, None]).sum(1)
         if queries.kind == "last":
             saw = tokens - torch.arange(tokens)
@@ -241,6 +242,7 @@ CONFIGS = {
     "snapkv": D2OConfig.of(Policy.SNAPKV, min_budget=40, ratio=0.3),
     "last-50": D2OConfig(min_budget=1, ratio=0.3, score_queries="last:50"),  # type: ignore[arg-type]
     "stride-2": D2OConfig(min_budget=1, ratio=0.3, score_queries="stride:2"),  # type: ignore[arg-type]
+    "sample-40": D2OConfig(min_budget=1, ratio=0.3, score_queries="sample:40"),  # type: ignore[arg-type]
 }
 
 
