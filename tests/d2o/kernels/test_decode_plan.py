@@ -27,6 +27,7 @@ def test_the_plan_covers_every_slot_once_in_equal_shares(lengths: list[int], tar
     for layer, each in enumerate(layers):
         share = reference.plan_shares(each, target, parts, SHARE_SLOTS, WORTH_SLOTS)
         assert plan.share[layer].tolist() == share
+        assert plan.widest[layer] == max(share)
         items = [-(-length // size) for length, size in zip(each, share, strict=True)]
         assert max(items) <= parts
         owners = [sequence for sequence, count in enumerate(items) for _ in range(count)]
