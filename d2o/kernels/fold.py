@@ -61,7 +61,7 @@ def fold(
     weights = (config.merge_weight, config.bias_limit)
     if width <= FEW:
         few = (nearest, passes.view(torch.uint8), pages, width)
-        fold_few_kernel[(heads * width,)](*cache, *few, *weights, EVICTED=triton.next_power_of_2(width), **rule)
+        fold_few_kernel[(heads * width,)](*cache, *few, *weights, EVICTED=pairs.lanes, **rule)
         return
     nobody = pairs.most_used
     target, order = torch.where(passes, nearest, nobody).sort(dim=-1, stable=True)

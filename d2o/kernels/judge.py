@@ -37,7 +37,7 @@ def judge(
         config: the rule.
     """
     if pairs.most_evicted > FEW:
-        return _judged_by_torch(pairs, selection, slot, similarity, history, config)
+        return judge_by_torch(pairs, selection, slot, similarity, history, config)
     heads = slot.shape[1]
     passes = torch.empty(slot.shape, dtype=torch.bool, device=slot.device)
     judge_kernel[(pairs.count,)](
@@ -55,7 +55,7 @@ def judge(
         config.beta,
         HEADS=heads,
         HEADS_PAD=triton.next_power_of_2(heads),
-        EVICTED=triton.next_power_of_2(pairs.most_evicted),
+        EVICTED=pairs.lanes,
         RULE=_RULES[config.threshold],
         LAYER=config.threshold_scope is Scope.LAYER,
         num_warps=4,
@@ -69,9 +69,10 @@ def listed(pairs: Pairs) -> Tensor:
     return nth < (pairs.used - pairs.keep).view(-1, 1, 1)
 
 
-def _judged_by_torch(
+def judge_by_torch(
     pairs: Pairs, selection: Selection, slot: Tensor, similarity: Tensor, history: History, config: D2OConfig
 ) -> Tensor:
+    """As :func:`judge`, of any number of evicted tokens."""
     matches = merging.Matches(slot, similarity, listed(pairs) & (selection.fallback >= 0).unsqueeze(-1))
     threshold = merging.moved_threshold(matches, history.thresholds_of(pairs.places), config)
     passes = merging.passing(matches, threshold, config)

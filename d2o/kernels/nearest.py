@@ -54,7 +54,7 @@ def nearest(
         tiling: how to cut the work; by default what suits head_dim and dtype.
     """
     direct = evicted.shape[-1] <= FEW
-    tiling = tiling or (_direct_tiling if direct else _staged_tiling)(pool, evicted.shape[-1])
+    tiling = tiling or (_direct_tiling(pool, pairs.lanes) if direct else _staged_tiling(pool))
     slot = torch.empty_like(evicted)
     similarity = torch.empty_like(evicted, dtype=torch.float32)
     common = (
@@ -134,14 +134,13 @@ def staged_bytes(pool: PagedTensors, most_kept: int) -> int:
     return int(pool.kv_heads * padded * triton.next_power_of_2(pool.head_dim) * pool.k.element_size())
 
 
-def _direct_tiling(pool: PagedTensors, evicted: int) -> Tiling:
-    lanes = max(16, triton.next_power_of_2(evicted))
+def _direct_tiling(pool: PagedTensors, lanes: int) -> Tiling:
     if pool.k.element_size() == 4:
         return Tiling(lanes, 32, 4, 2)
     return Tiling(lanes, 64, 4, 3)
 
 
-def _staged_tiling(pool: PagedTensors, evicted: int) -> Tiling:
+def _staged_tiling(pool: PagedTensors) -> Tiling:
     if pool.k.element_size() == 4:
         return Tiling(64, 32, 4, 2)
     return Tiling(128, 128 if pool.head_dim <= 128 else 64, 8, 2)

@@ -44,6 +44,11 @@ class Pairs:
     def count(self) -> int:
         return self.tables.shape[0]
 
+    @property
+    def lanes(self) -> int:
+        """Of a program that holds the evicted tokens of a head; few sizes, as each is a kernel of its own."""
+        return max(16, int(triton.next_power_of_2(self.most_evicted)))
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def slot_row(

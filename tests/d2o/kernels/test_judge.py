@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2o.config import D2OConfig, Scope, Threshold
 from d2o.kernels.history import History
-from d2o.kernels.judge import _judged_by_torch, judge
+from d2o.kernels.judge import judge, judge_by_torch
 from d2o.kernels.pairs import Pairs
 from d2o.kernels.select import Selection
 from tests.d2o.kernels.caches import DEVICE
@@ -75,7 +75,7 @@ def test_it_judges_as_torch_does(
     history.fates.copy_(torch.rand(history.fates.shape, generator=generator))
     twin = copy_of(history)
     passes = judge(pairs, selection, slot, similarity, history, config)
-    expected = _judged_by_torch(pairs, selection, slot, similarity, twin, config)
+    expected = judge_by_torch(pairs, selection, slot, similarity, twin, config)
     assert torch.equal(passes, expected)
     torch.testing.assert_close(history.threshold, twin.threshold, rtol=1e-5, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(history.fates, twin.fates)
@@ -102,3 +102,8 @@ def test_a_row_that_begins_anew_has_no_threshold_and_no_fates() -> None:
     assert not history.fates[:, :, 1].any()
     assert not history.threshold[1, 2].isnan().any()
     assert history.fates[:, 1, 2].sum() == 3
+
+
+@pytest.mark.parametrize(("gone", "lanes"), [(1, 16), (16, 16), (17, 32), (64, 64)])
+def test_kernels_of_decode_come_in_three_sizes_whatever_is_evicted(gone: int, lanes: int) -> None:
+    assert pairs_of((1, gone, 1)).lanes == lanes

@@ -22,7 +22,7 @@ LIBRARIES = ("cublas", "cublaslt")
 
 _ROUNDS = 5
 # Of a product that keeps the device busy for half a millisecond, so that the host is ahead when what is timed begins.
-_BUSY_PRODUCTS, _MOST_BUSY_ROWS = 1.5e11, 1 << 16
+_BUSY_PRODUCTS, _MOST_BUSY_VALUES = 1.5e11, 1 << 26
 _WEIGHTS_A_SHAPE = 4
 # What a sequence of padding costs a layer's attention and elementwise kernels.
 _ROW_SECONDS = 3e-8
@@ -100,7 +100,7 @@ def _seconds(weights: list[Tensor], rows: int) -> float:
     x = torch.randn(rows, inputs, dtype=some[0].dtype, device=some[0].device)
     for weight in some:
         nn.functional.linear(x, weight)
-    busy_rows = min(_MOST_BUSY_ROWS, int(_BUSY_PRODUCTS / (outputs * inputs)) + 1)
+    busy_rows = int(min(_BUSY_PRODUCTS / (outputs * inputs), _MOST_BUSY_VALUES / max(outputs, inputs))) + 1
     nn.functional.linear(x.new_zeros(busy_rows, inputs), some[0])
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(_ROUNDS + 1)]
     for mark in marks[:-1]:
