@@ -73,7 +73,7 @@ class ScoreQueries:
     """Which prompt queries the attention scores are summed over (ALGORITHM section 1).
 
     ``kind`` is ``"all"``, ``"last"`` (the last ``count`` queries), ``"stride"`` (every ``count``-th block of
-    queries and always the last block, scaled up to an estimate of all) or ``"sample"`` (the least such stride that
+    queries and always the last block, scaled up to an estimate of all) or ``"sample"`` (the widest stride that
     still leaves ``count`` queries: all of a prompt shorter than twice as many).
     """
 
