@@ -2,8 +2,9 @@
 
 Llama-3.1-8B's attention (32 query heads, 8 KV heads, head 128, bfloat16), pages scattered over the pool. The kernel
 is first compared with its torch twin. Times are medians of CUDA graph replays over several layers, so that nothing
-is still in the cache; bytes are those that must move: keys, values, with scores the score read and written, with
-biases the bias. Writes ``decode_attention_gpu.json``.
+is still in the cache, with scores means of as many steps as queries come together before they are scored; bytes are
+those that must move: keys, values, with biases the bias, with scores the score read and written in one of those steps.
+What settling before each eviction adds is timed by itself. Writes ``decode_attention_gpu.json``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from benchmarks._decode import Batch, Heads, Shape, check, check_replays
 from benchmarks._gpu import RESULTS, Ceilings, write_result
 
 _LAYER_BYTES = 2e9
+SETTLED_EVERY = 32
+"""Steps between evictions, each of which settles what is pending: a page's worth."""
 
 
 SHAPES = (
@@ -45,12 +48,12 @@ MODES: dict[str, dict[str, bool]] = {
 # Changes to DecodeConfig; ``page_size`` changes the pool.
 SWEEP: tuple[dict[str, int], ...] = (
     {},
-    {"score_slots": 256},
-    {"score_slots": 1024},
-    {"warps": 4, "score_slots": 1024},
-    {"stages": 4},
+    {"warps": 1},
+    {"warps": 4},
+    {"stages": 3},
+    {"stages": 5},
     {"page_size": 64},
-    {"page_size": 64, "score_slots": 1024},
+    {"page_size": 64, "stages": 4},
 )
 # Batches for which it is tried how many slots are best left in one piece.
 WHOLES = (512, 768, 1024, 1536, 2048, 4096)
@@ -59,8 +62,9 @@ WHOLE_SLOTS = (300, 536, 800, 1048, 1600, 2100, 3200)
 _MOST_SLOTS = 500_000
 CHECKS: tuple[tuple[Heads, dict[str, Any]], ...] = (
     (Heads(), {}),
+    (Heads(group=3, head_dim=64, dtype=torch.float16), {"softcap": 20.0}),
+    (Heads(group=8, head_dim=96, dtype=torch.float32), {}),
     (Heads(group=3, head_dim=64, dtype=torch.float16), {"window": 900, "softcap": 20.0}),
-    (Heads(group=8, head_dim=96, dtype=torch.float32), {"window": 2000}),
     (Heads(group=1, head_dim=256), {"softcap": 30.0}),
 )
 
@@ -75,17 +79,21 @@ def time_shapes(ceilings: Ceilings, shapes: Sequence[Shape]) -> list[dict[str, A
     rows = []
     for shape in shapes:
         batch = Batch(shape, Heads(), layers=_layers(shape))
-        plan_us = 1e3 * batch.time_plan()
+        plan_us, settle, plain = 1e3 * batch.time_plan(), batch.time_settle(), 0.0
         for name, mode in MODES.items():
             milliseconds = batch.time(mode)
             bandwidth = batch.necessary_bytes(mode) / milliseconds / 1e9
             row = {"shape": shape.name, "mode": name, "ms": milliseconds, "tb_s": bandwidth}
             row |= {"share_of_read": bandwidth / ceilings.read_tb_s, "plan_us": plan_us}
-            rows.append(row | {"target": shape.target if mode["score"] else None})
+            plain = plain or milliseconds
+            row["scores_add"] = milliseconds / plain - 1 if mode["score"] else None
+            row["settled_add"] = (milliseconds + settle / SETTLED_EVERY) / plain - 1 if mode["score"] else None
+            rows.append(row | {"settle_ms": settle, "target": shape.target if mode["score"] else None})
             wanted = f"  target {shape.target}" if shape.target and mode["score"] else ""
             print(
                 f"{shape.name:26}{name:16}{milliseconds:8.4f} ms{bandwidth:7.3f} TB/s"
-                f"{row['share_of_read']:7.1%} of read{wanted}  plan {plan_us:.1f} us",
+                f"{row['share_of_read']:7.1%} of read{wanted}  plan {plan_us:.1f} us  settle {settle:.4f} ms"
+                + (f"  scores add {row['scores_add']:.1%}, settled {row['settled_add']:.1%}" if mode["score"] else ""),
                 flush=True,
             )
         del batch

@@ -2,15 +2,12 @@
 
 A program takes one work item (:mod:`d2o.kernels.decode_plan`) of one KV head, all query heads of its group at once, and
 leaves its unnormalised output, peak and sum. The program that finishes a sequence last combines its items
-(flash-decoding's log-sum-exp rule). With scores, programs also stash each slot's probability relative to the running
-peak; once the sequence's normaliser is known these are added to the slots' scores (:mod:`d2o.kernels.decode_finish`).
-The stash is a ring small enough to stay in the L2 cache: written to memory and read back, the same bytes cost three
-times as much.
+(flash-decoding's log-sum-exp rule). Scores receive what a query gives when the next one reads the same keys
+(:mod:`d2o.kernels.pending`): by then its normaliser is known.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +18,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from d2o.kernels.decode_kernels import attend_kernel
 from d2o.kernels.decode_plan import SHARE_SLOTS, DecodeGrid, DecodePlan, DecodeWorkspace, plan_decode
 from d2o.kernels.paged import PagedTensors
+from d2o.kernels.pending import LOG2E, Pending
 
 __all__ = ["DecodeConfig", "DecodeGrid", "DecodePlan", "DecodeWorkspace", "decode_attention", "plan_decode"]
 
-_LOG2_E = math.log2(math.e)
 _TILE_BYTES = 1 << 14
 # Values a warp holds of the items' outputs that it combines at once.
 _COMBINED = 2048
@@ -38,13 +35,11 @@ class DecodeConfig:
         block: slots a loop step; a power of two from 16 to ``SHARE_SLOTS``, and no more than a page's.
         stages: depth of the loop's pipeline; keys and values of ``stages - 1`` steps lie in shared memory.
         warps: of a program.
-        score_slots: slots a step when scores are added.
     """
 
     block: int
     stages: int = 3
     warps: int = 2
-    score_slots: int = 512
 
     @classmethod
     def choose(cls, head_dim: int, dtype: torch.dtype, page_size: int) -> DecodeConfig:
@@ -53,7 +48,7 @@ class DecodeConfig:
         block = max(16, min(page_size, SHARE_SLOTS, _TILE_BYTES // slot_bytes))
         # Float32 has no tensor cores here: its products need the threads and the registers.
         warps = 4 if dtype == torch.float32 else 2
-        return cls(block, stages=4 if 2 * block * slot_bytes <= _TILE_BYTES else 3, warps=warps)
+        return cls(block, stages=3, warps=warps)
 
 
 def decode_attention(
@@ -72,14 +67,13 @@ def decode_attention(
     window: int | None,
     softcap: float | None,
     bias: bool,
-    score: bool,
+    pending: Pending | None,
     reset: bool = True,
     config: DecodeConfig | None = None,
 ) -> Tensor:
     """Appends one token a sequence to a layer's cache and attends over all of the layer's slots.
 
-    Never waits for the device, so it can be captured in a CUDA graph. One launch at a time on a device: programs of two
-    that wait for their own kind could keep each other's from starting. Several entries of the batch may share one
+    Never waits for the device, so it can be captured in a CUDA graph. Several entries of the batch may share one
     padding row of length 1: they overwrite each other's slot.
 
     Args:
@@ -89,26 +83,28 @@ def decode_attention(
         rows: [batch] int32, each sequence's row of the table.
         positions: [batch] int32, of the new tokens.
         plan: the step's split, from :func:`plan_decode`.
-        workspace: scratch with room for the plan's items and, with ``score``, the layer's slots.
+        workspace: scratch with room for the plan's items.
         scale: factor on q.k.
         window: slots at positions <= the new token's - window are hidden; None is off.
         softcap: logits become ``softcap * tanh(logits / softcap)``, before the bias; None is off.
-        bias: add the slots' logit biases (ALGORITHM section 4b).
-        score: add each slot's probability, summed over the group, to ``pool.score``.
+        bias: add the slots' logit biases (ALGORITHM section 4b); False only where all of them are 0.
+        pending: the newest queries of the table's rows, which the new ones join; where they are as many as fit, each
+            slot's probability under them, summed over them and the group, is added to ``pool.score`` first. None:
+            scores stay as they are.
         reset: set the new slot's score to 0 first; False where a step is repeated.
 
     Returns:
         [batch, heads, head_dim], contiguous, in q's dtype.
 
     Raises:
-        ValueError: the workspace has no room for the plan's items, or none for scores; or a tile is larger than a page.
+        ValueError: the workspace has no room for the plan's items; a tile is larger than a page; or scores are wanted
+            of a layer with a window, whose slots leave by age alone.
     """
     grid = plan.grid
-    for name, wanted, room in (("items", grid.items, workspace.partial), ("chunks", grid.chunks, workspace.stash)):
-        if wanted > len(room):
-            raise ValueError(f"plan: got {wanted} {name}, allowed are the workspace's {len(room)}")
-    if score and not workspace.stash.numel():
-        raise ValueError("score: the workspace was made without room for scores; allocate it with slots above 0")
+    if grid.items > len(workspace.partial):
+        raise ValueError(f"plan: got {grid.items} items, allowed are the workspace's {len(workspace.partial)}")
+    if pending is not None and window is not None:
+        raise ValueError(f"pending: got scores with a window of {window}, allowed is None there")
     batch, heads, head_dim = q.shape
     kv_heads, group = pool.kv_heads, heads // pool.kv_heads
     chosen = config or DecodeConfig.choose(head_dim, pool.k.dtype, pool.page_size)
@@ -116,6 +112,8 @@ def decode_attention(
         raise ValueError(f"block: got {chosen.block} slots, allowed are a page's {pool.page_size}")
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     lanes, dim_pad = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
+    late = (workspace.partial,) * 4 if pending is None else (pending.query, pending.level, pending.count, pending.rule)
+    depth = 1 if pending is None else pending.depth
     attend_kernel[kv_heads, grid.items](
         out,
         q,
@@ -126,10 +124,9 @@ def decode_attention(
         *(pool.k, pool.v, pool.score, pool.position, pool.bias),
         positions,
         *(block_table, rows, *block_table.shape[1:]),
-        *(plan.lengths, plan.share, plan.first, plan.owner, plan.widest, layer, batch, grid.items),
-        *(workspace.partial, workspace.peak, workspace.total, workspace.stash, workspace.stash_peak),
-        *(workspace.turns, workspace.arrivals, grid.chunks, workspace.stash.shape[-1] // lanes),
-        float(scale if softcap is not None else scale * _LOG2_E),
+        *(plan.lengths, plan.share, plan.first, plan.owner, layer, batch, grid.items),
+        *(workspace.partial, workspace.peak, workspace.total, workspace.arrivals, *late),
+        float(scale if softcap is not None else scale * LOG2E.value),
         float(softcap or 0.0),
         window or 0,
         KV_HEADS=kv_heads,
@@ -140,14 +137,14 @@ def decode_attention(
         BLOCK=chosen.block,
         ROWS=max(8, lanes),
         LANES=lanes,
-        STASH=score,
+        DEPTH=depth,
+        LATE_ROWS=max(8, depth * lanes),
+        SCORE=pending is not None,
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
         BIAS=bias,
         RESET=reset,
-        TILES=max(1, chosen.score_slots // chosen.block),
         SPLITS=max(1, _COMBINED * chosen.warps // (lanes * dim_pad)),
-        TOGETHER=grid.together,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )

@@ -6,16 +6,16 @@ heads then pad the short axis of the tensor cores' tiles to eight, not to sixtee
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
-from d2o.kernels.decode_finish import finish, take_turn
-from d2o.kernels.decode_scores import STASH_SCALE, UNIT
+from d2o.kernels.decode_finish import arrive, combine
+from d2o.kernels.decode_plan import SHARE_SLOTS
+from d2o.kernels.pending import LOG2E, capped, given, leave, recall
 
-_LOG2E = tl.constexpr(math.log2(math.e))
-_COUNTS = ["layer", "batch", "items", "table_rows", "table_columns", "chunks", "room"]
+# Items begin at multiples of this: the compiler cannot see it in what it loads.
+_UNIT = tl.constexpr(SHARE_SLOTS)
+_COUNTS = ["layer", "batch", "items", "table_rows", "table_columns"]
 # Where these begin is the caller's business: a kernel for each alignment would only be compiled in mid-service.
 _CALLERS = ["q", "k_new", "v_new", "positions", "rows"]
 _STRIDES = ["q_batch", "q_head", "k_batch", "k_head", "v_batch", "v_head", "window"]
@@ -70,29 +70,11 @@ def _tile(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _keep(
-    stash: tl.tensor,
-    stash_peak: tl.tensor,
-    slot: tl.tensor,
-    weight: tl.tensor,
-    top: tl.tensor,
-    free: tl.tensor,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-) -> None:
-    """Stashes a tile's weights [BLOCK, ROWS] from stash slot ``slot`` on, where there is room."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    kept = (row < GROUP) & free
-    cells = stash + (slot + column)[:, None] * LANES + row[None, :]
-    tl.store(cells, (weight * STASH_SCALE).to(tl.float16), mask=kept[None, :], eviction_policy="evict_last")
-    tl.store(stash_peak + slot // BLOCK * LANES + row, top, mask=kept)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _step(
     query: tl.tensor,
+    late_query: tl.tensor,
+    late_level: tl.tensor,
+    late_end: tl.tensor,
     most: tl.tensor,
     added: tl.tensor,
     result: tl.tensor,
@@ -100,39 +82,45 @@ def _step(
     v: tl.tensor,
     described_k: tl.tensor,
     described_v: tl.tensor,
+    score: tl.tensor,
     bias: tl.tensor,
     position: tl.tensor,
-    stash: tl.tensor,
-    stash_peak: tl.tensor,
     place: tl.tensor,
-    live: tl.tensor,
-    oldest: tl.tensor,
     slot: tl.tensor,
-    free: tl.tensor,
+    length: tl.tensor,
+    oldest: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
-    GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    STASH: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
+    LATE: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Online softmax over the BLOCK slots from flat index ``place``: new peak, sums [BLOCK, ROWS] and output."""
+    """Online softmax over the BLOCK slots ``slot`` from flat index ``place``: new peak, sums [BLOCK, ROWS] and output.
+
+    With LATE their scores receive what the pending queries give, each to the slots before its ``late_end``.
+    """
     column = tl.arange(0, BLOCK)
+    live = slot < length
     key = _tile(k, described_k, place, live, DIM, DIM_PAD, BLOCK, WHOLE)
     value = _tile(v, described_v, place, live, DIM, DIM_PAD, BLOCK, WHOLE)
-    logits = tl.dot(key, query, input_precision="ieee") * scale
-    if SOFTCAP:
-        logits = (1.0 - 2.0 / (1.0 + tl.exp(2.0 * logits / softcap))) * (softcap * _LOG2E)
+    lift = tl.zeros([BLOCK], tl.float32)
     if BIAS:
         lift = tl.load(bias + place + column) if WHOLE else tl.load(bias + place + column, mask=live, other=0.0)
-        logits += (lift * _LOG2E)[:, None]
+        lift *= LOG2E
+    if LATE:
+        before = tl.load(score + place + column) if WHOLE else tl.load(score + place + column, mask=live, other=0.0)
+        gained = given(key, late_query, late_level, late_end, lift, slot, scale, softcap, SOFTCAP)
+        tl.store(score + place + column, before + gained, mask=live)
+    logits = tl.dot(key, query, input_precision="ieee") * scale
+    if SOFTCAP:
+        logits = capped(logits, softcap)
+    if BIAS:
+        logits += lift[:, None]
     if WINDOW:
         seen = tl.load(position + place + column, mask=live, other=0) >= oldest
         logits = tl.where((seen & live)[:, None], logits, float("-inf"))
@@ -144,9 +132,71 @@ def _step(
     shrink = tl.exp2(most - level)
     added = added * shrink[None, :] + weight
     result = tl.dot(tl.trans(value), weight.to(value.dtype), result * shrink[None, :], input_precision="ieee")
-    if STASH:
-        _keep(stash, stash_peak, slot, weight, top, free, GROUP, BLOCK, ROWS, LANES)
     return top, added, result
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(
+    query: tl.tensor,
+    late_query: tl.tensor,
+    late_level: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    described_k: tl.tensor,
+    described_v: tl.tensor,
+    score: tl.tensor,
+    bias: tl.tensor,
+    position: tl.tensor,
+    pages: tl.tensor,
+    head: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    length: tl.tensor,
+    oldest: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LATE_ROWS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    LATE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Peak, sums [BLOCK, ROWS] and output of the slots [begin, end): whole tiles, then the one with the newest slot.
+
+    A tile lies in one page, whose id is loaded a step ahead: no key's address waits for memory.
+    """
+    column = tl.arange(0, BLOCK)
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    added = tl.zeros([BLOCK, ROWS], tl.float32)
+    result = tl.zeros([DIM_PAD, ROWS], tl.float32)
+    # A query of a step ago has seen all slots but the newest, one of two steps ago all but two.
+    late_end = length - DEPTH + tl.arange(0, LATE_ROWS) // LANES
+    page = tl.load(pages + begin // PAGE)
+    whole = tl.where(end == length, (length - 1) // BLOCK * BLOCK, end)
+    for start in range(begin, whole, BLOCK):
+        place = (page * KV_HEADS + head) * PAGE + start % PAGE
+        most, added, result = _step(
+            query, late_query, late_level, late_end, most, added, result, k, v, described_k, described_v,
+            score, bias, position, place, start + column, length, oldest, scale, softcap,
+            DIM, DIM_PAD, BLOCK, WINDOW, SOFTCAP, BIAS, LATE, True,
+        )  # fmt: skip
+        page = tl.load(pages + tl.minimum(start + BLOCK, length - 1) // PAGE)
+    if end == length:
+        place = (page * KV_HEADS + head) * PAGE + whole % PAGE
+        most, added, result = _step(
+            query, late_query, late_level, late_end, most, added, result, k, v, described_k, described_v,
+            score, bias, position, place, whole + column, length, oldest, scale, softcap,
+            DIM, DIM_PAD, BLOCK, WINDOW, SOFTCAP, BIAS, LATE, False,
+        )  # fmt: skip
+    return most, added, result
 
 
 @triton.jit(do_not_specialize=_COUNTS + _STRIDES, do_not_specialize_on_alignment=_CALLERS)  # type: ignore[untyped-decorator]
@@ -177,19 +227,17 @@ def attend_kernel(
     share: tl.tensor,
     first: tl.tensor,
     owner: tl.tensor,
-    widest: tl.tensor,
     layer: tl.tensor,
     batch: tl.tensor,
     items: tl.tensor,
     partial: tl.tensor,
     peak: tl.tensor,
     total: tl.tensor,
-    stash: tl.tensor,
-    stash_peak: tl.tensor,
-    turns: tl.tensor,
     arrivals: tl.tensor,
-    chunks: tl.tensor,
-    room: tl.tensor,
+    late_query: tl.tensor,
+    late_level: tl.tensor,
+    late_count: tl.tensor,
+    late_rule: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     window: tl.tensor,
@@ -201,81 +249,84 @@ def attend_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LATE_ROWS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     RESET: tl.constexpr,
-    STASH: tl.constexpr,
-    TILES: tl.constexpr,
+    SCORE: tl.constexpr,
     SPLITS: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ) -> None:
-    """Program (KV head, item): whole tiles first, then the one with the new token, then what its sequence still needs.
-
-    A tile lies in one page, whose id is loaded a step ahead: no key's address waits for memory.
-    """
+    """Program (KV head, item): stores the new token, attends, then what its sequence still needs."""
     head, item = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(owner + layer * items + item)
     if sequence < 0:
         return
     at = layer * batch + sequence
     length = tl.load(lengths + at)
-    size = tl.multiple_of(tl.load(share + at), UNIT)
-    begin = tl.multiple_of((item - tl.load(first + at + layer)) * size, UNIT)
+    size = tl.multiple_of(tl.load(share + at), _UNIT)
+    begin = tl.multiple_of((item - tl.load(first + at + layer)) * size, _UNIT)
     end = tl.minimum(begin + size, length)
     current = tl.load(positions + sequence)
-    pages = table + (layer.to(tl.int64) * table_rows + tl.load(rows + sequence)) * table_columns
-    page = tl.load(pages + begin // PAGE)
-    row, dim, column = tl.arange(0, ROWS), tl.arange(0, DIM_PAD), tl.arange(0, BLOCK)
+    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
+    wanted = (row < GROUP)[None, :] & (dim < DIM)[:, None]
     queries = q + sequence.to(tl.int64) * q_batch + (head * GROUP + row)[None, :] * q_head
-    query = tl.load(queries + dim[:, None], mask=(row < GROUP)[None, :] & (dim < DIM)[:, None], other=0.0)
-    query = query.to(k.dtype.element_ty)
-    most = tl.full([ROWS], float("-inf"), tl.float32)
-    added = tl.zeros([BLOCK, ROWS], tl.float32)
-    result = tl.zeros([DIM_PAD, ROWS], tl.float32)
-    live = column >= 0
-    chunk = (item % chunks) * KV_HEADS + head
-    chunk_slots = tl.multiple_of(tl.minimum(tl.load(widest + layer), room), UNIT)
-    shift = tl.multiple_of(chunk.to(tl.int64) * chunk_slots, UNIT) - begin
-    full = begin + chunk_slots
-    if STASH and TOGETHER:
-        take_turn(turns + chunk, item, chunks)
-    oldest = current - window + 1
-    whole = tl.where(end == length, (length - 1) // BLOCK * BLOCK, end)
-    for start in range(begin, whole, BLOCK):
-        place = (page * KV_HEADS + head) * PAGE + start % PAGE
-        most, added, result = _step(
-            query, most, added, result, k, v, described_k, described_v, bias, position, stash, stash_peak,
-            place, live, oldest, shift + start, start < full, scale, softcap,
-            GROUP, DIM, DIM_PAD, BLOCK, ROWS, LANES, STASH, WINDOW, SOFTCAP, BIAS, True,
-        )  # fmt: skip
-        page = tl.load(pages + tl.minimum(start + BLOCK, length - 1) // PAGE)
+    query = tl.load(queries + dim[:, None], mask=wanted, other=0.0).to(k.dtype.element_ty)
+    spot = layer.to(tl.int64) * table_rows + tl.load(rows + sequence)
+    pages = table + spot * table_columns
     if end == length:
-        place = (page * KV_HEADS + head) * PAGE + whole % PAGE
+        page = tl.load(pages + (length - 1) // PAGE).to(tl.int64)
         new_key = k_new + sequence.to(tl.int64) * k_batch + head * k_head
         new_value = v_new + sequence.to(tl.int64) * v_batch + head * v_head
-        newest = place.to(tl.int64) + (length - 1 - whole)
+        newest = (page * KV_HEADS + head) * PAGE + (length - 1) % PAGE
         _append(new_key, new_value, k, v, score, position, bias, newest, current, DIM, DIM_PAD, RESET)
-        most, added, result = _step(
-            query, most, added, result, k, v, described_k, described_v, bias, position, stash, stash_peak,
-            place, whole + column < length, oldest, shift + whole, whole < full, scale, softcap,
-            GROUP, DIM, DIM_PAD, BLOCK, ROWS, LANES, STASH, WINDOW, SOFTCAP, BIAS, False,
-        )  # fmt: skip
-    index = (item * KV_HEADS + head) * GROUP + row
-    sums = tl.sum(added, 0)
-    tl.store(peak + index, most, mask=row < GROUP)
-    tl.store(total + index, sums, mask=row < GROUP)
-    low, high = tl.load(first + at + layer), tl.load(first + at + layer + 1)
-    wanted = (row < GROUP)[None, :] & (dim < DIM)[:, None]
-    if high - low == 1:
-        target = (sequence.to(tl.int64) * KV_HEADS + head) * GROUP + row
-        final = result / tl.where(row < GROUP, sums, 1.0)[None, :]
-        tl.store(out + target[None, :] * DIM + dim[:, None], final.to(out.dtype.element_ty), mask=wanted)
+    if SCORE:
+        counter = late_count + spot * KV_HEADS + head
+        count = tl.load(counter)
+        full = count == DEPTH
     else:
+        full: tl.constexpr = False  # type: ignore[no-redef]
+    oldest = current - window + 1
+    if full:
+        earlier, level = recall(
+            late_query, late_level, spot, count, head, KV_HEADS, GROUP, DIM, DIM_PAD, LANES, DEPTH, LATE_ROWS
+        )
+        most, added, result = _attend(
+            query, earlier, level, k, v, described_k, described_v, score, bias, position, pages,
+            head, begin, end, length, oldest, scale, softcap,
+            KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, ROWS, LANES, DEPTH, LATE_ROWS, WINDOW, SOFTCAP, BIAS, True,
+        )  # fmt: skip
+    else:
+        most, added, result = _attend(
+            query, query, query, k, v, described_k, described_v, score, bias, position, pages,
+            head, begin, end, length, oldest, scale, softcap,
+            KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, ROWS, LANES, DEPTH, LATE_ROWS, WINDOW, SOFTCAP, BIAS, False,
+        )  # fmt: skip
+    sums = tl.sum(added, 0)
+    low, high = tl.load(first + at + layer), tl.load(first + at + layer + 1)
+    whole = sequence.to(tl.int64) * KV_HEADS + head
+    if high - low == 1:
+        sums = tl.where(row < GROUP, sums, 1.0)
+        scaled = (result / sums[None, :]).to(out.dtype.element_ty)
+        tl.store(out + (whole * GROUP + row)[None, :] * DIM + dim[:, None], scaled, mask=wanted)
+        if SCORE:
+            leave(
+                late_query, late_level, counter, late_rule, query, most + tl.log2(sums), spot, count, head,
+                layer, scale, softcap, KV_HEADS, GROUP, DIM, DIM_PAD, ROWS, ROWS, DEPTH,
+            )  # fmt: skip
+    else:
+        index = (item * KV_HEADS + head) * GROUP + row
+        tl.store(peak + index, most, mask=row < GROUP)
+        tl.store(total + index, sums, mask=row < GROUP)
         tl.store(partial + index[None, :] * DIM + dim[:, None], result, mask=wanted)
-    used = tl.load(first + layer * (batch + 1) + batch)
-    finish(
-        out, score, pages, partial, peak, total, stash, stash_peak, turns + chunk,
-        arrivals + sequence * KV_HEADS + head, head, sequence, item, low, high, used, length, size, chunks, chunk_slots,
-        KV_HEADS, GROUP, PAGE, DIM, DIM_PAD, BLOCK, LANES, STASH, TOGETHER, TILES, SPLITS,
-    )  # fmt: skip
+        tl.debug_barrier()
+        if arrive(arrivals + whole, high - low):
+            level = combine(
+                out, partial, peak, total, head, sequence, low, high, KV_HEADS, GROUP, DIM, DIM_PAD, LANES, SPLITS
+            )
+            if SCORE:
+                leave(
+                    late_query, late_level, counter, late_rule, query, level, spot, count, head,
+                    layer, scale, softcap, KV_HEADS, GROUP, DIM, DIM_PAD, ROWS, LANES, DEPTH,
+                )  # fmt: skip

@@ -19,48 +19,34 @@ SHARE_SLOTS = 128
 """Items begin at multiples of this many slots of their sequence; also the least share."""
 
 WORTH_SLOTS = 2048
-"""The best ``worth`` of a grid (docs/adr/0009): parts of a sequence wait for one another."""
+"""The best ``worth`` of a grid (docs/adr/0009)."""
 
 ROUNDS = 16
 """Of programs on a GPU that a batch is cut into at most; one round is enough where the parts would be short."""
 
-# Of the attention kernel: those that surely run at once on a processor, and more than ever do.
-_SURELY_AT_ONCE, _AT_ONCE = 2, 5
+# Programs of the attention kernel that surely run at once on a processor.
+_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGrid:
-    """How many programs a batch size is given on a device, and how their scores are added.
+    """How many programs a batch size is given on a device.
 
     Attributes:
         items: work items of the launch, the same for all lengths.
-        parts: most items of one sequence.
-        chunks: items whose probabilities are stashed at once; a later item reuses the place of one that is done with.
-        together: whether all items of a sequence surely run at once, so that each can wait for the others and add its
-            own scores; else the one that arrives last adds them all, and ``chunks`` must be ``items``.
         worth: slots of a sequence that are not split, unless such items leave processors without work.
     """
 
     items: int
-    parts: int
-    chunks: int
-    together: bool
     worth: int = WORTH_SLOTS
 
     @classmethod
     def of(cls, batch: int, kv_heads: int, device: torch.device) -> DecodeGrid:
         """Up to ``ROUNDS`` rounds of programs on a GPU, and one for each sequence; anything goes elsewhere."""
         if device.type != "cuda":
-            return cls.alone(batch + ROUNDS)
+            return cls(batch + ROUNDS)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        parts = _SURELY_AT_ONCE * processors // kv_heads
-        items = batch + -(-ROUNDS * _SURELY_AT_ONCE * processors // kv_heads)
-        return cls(items, parts, _AT_ONCE * processors // kv_heads, together=True) if parts else cls.alone(items)
-
-    @classmethod
-    def alone(cls, items: int) -> DecodeGrid:
-        """Of programs that may run one after another."""
-        return cls(items, items, items, together=False)
+        return cls(batch + -(-ROUNDS * _AT_ONCE * processors // kv_heads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +59,6 @@ class DecodePlan:
         share: [layers, batch] int32, slots of each of the sequence's items but the last, which may have fewer.
         first: [layers, batch + 1] int32, first item of each sequence; the last entry is the number of items.
         owner: [layers, items] int32, the sequence of each item, -1 past the end.
-        widest: [layers] int32, the largest share.
     """
 
     grid: DecodeGrid
@@ -81,7 +66,6 @@ class DecodePlan:
     share: Tensor
     first: Tensor
     owner: Tensor
-    widest: Tensor
 
     @classmethod
     def empty(cls, lengths: Tensor, grid: DecodeGrid) -> DecodePlan:
@@ -93,7 +77,6 @@ class DecodePlan:
             torch.empty_like(lengths),
             lengths.new_empty(layers, batch + 1),
             lengths.new_empty(layers, grid.items),
-            lengths.new_empty(layers),
         )
 
     @property
@@ -105,57 +88,27 @@ class DecodePlan:
 class DecodeWorkspace:
     """Scratch of :func:`d2o.kernels.decode.decode_attention`; one serves all layers, one after another.
 
-    The stash holds the unnormalised probability by query head of an item's slots until the item's sequence is done,
-    and is small enough to stay in the L2 cache. A chunk holds any item of the ``slots`` and ``longest`` that it was
-    allocated for; slots beyond that get no score, and nothing is overwritten. Where a step's items are shorter, its
-    chunks lie closer together: what is written to memory and read back costs eight times its bytes.
-
     Attributes:
         partial: [items, kv_heads, group, head_dim] float32, each item's unnormalised output.
         peak, total: [items, kv_heads, group] float32, its largest logit (base 2) and its sum of exponentials.
-        stash: [chunks, kv_heads, chunk_slots * lanes] float16, lanes being the group rounded up to a power of two;
-            stash_peak: [chunks, kv_heads, chunk_slots * lanes / 16] float32, what each tile of the stash is relative
-            to. Both are empty without scores.
-        turns: [chunks, kv_heads] int32, how many items have used a chunk; arrivals: [items, kv_heads] int32, how many
-            of a sequence's items are done. All 0 between launches.
+        arrivals: [items, kv_heads] int32, how many of a sequence's items are done; 0 between launches.
     """
 
     partial: Tensor
     peak: Tensor
     total: Tensor
-    stash: Tensor
-    stash_peak: Tensor
-    turns: Tensor
     arrivals: Tensor
 
     @classmethod
     def allocate(
-        cls,
-        grid: DecodeGrid,
-        *,
-        batch: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        slots: int,
-        longest: int,
-        device: torch.device | str,
+        cls, grid: DecodeGrid, *, heads: int, kv_heads: int, head_dim: int, device: torch.device | str
     ) -> DecodeWorkspace:
-        """Scratch for batches up to ``batch`` of layers of up to ``slots`` slots, ``longest`` of them of one sequence.
-
-        ``grid`` is that of the largest batch. ``slots`` 0 is for a workspace that never serves scores.
-        """
-        items, chunks, group = grid.items, grid.chunks, heads // kv_heads
-        lanes = triton.next_power_of_2(group)
-        share = max(grid.worth, -(-slots // (items - batch)), -(-longest // grid.parts))
-        room = -(-share // SHARE_SLOTS) * SHARE_SLOTS * lanes if slots else 0
+        """Scratch for batches up to the one that ``grid`` is of."""
+        items, group = grid.items, heads // kv_heads
         return cls(
             torch.empty(items, kv_heads, group, head_dim, dtype=torch.float32, device=device),
             torch.empty(items, kv_heads, group, dtype=torch.float32, device=device),
             torch.empty(items, kv_heads, group, dtype=torch.float32, device=device),
-            torch.empty(chunks, kv_heads, room, dtype=torch.float16, device=device),
-            torch.empty(chunks, kv_heads, room // 16, dtype=torch.float32, device=device),
-            torch.zeros(chunks, kv_heads, dtype=torch.int32, device=device),
             torch.zeros(items, kv_heads, dtype=torch.int32, device=device),
         )
 
@@ -179,22 +132,20 @@ def plan_decode(lengths: Tensor, grid: DecodeGrid, *, out: DecodePlan | None = N
     padded = triton.next_power_of_2(batch)
     tile = max(1, min(64, 8192 // padded))
     _plan_kernel[layers, triton.cdiv(items, tile)](
-        *(lengths, plan.share, plan.first, plan.owner, plan.widest),
-        *(batch, items, grid.parts, SHARE_SLOTS, grid.worth, ROUNDS, padded, tile),
+        *(lengths, plan.share, plan.first, plan.owner),
+        *(batch, items, SHARE_SLOTS, grid.worth, ROUNDS, padded, tile),
     )
     return plan
 
 
-@triton.jit(do_not_specialize=["batch", "items", "parts"], do_not_specialize_on_alignment=["lengths"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["batch", "items"], do_not_specialize_on_alignment=["lengths"])  # type: ignore[untyped-decorator]
 def _plan_kernel(
     lengths: tl.tensor,
     share: tl.tensor,
     first: tl.tensor,
     owner: tl.tensor,
-    widest: tl.tensor,
     batch: tl.tensor,
     items: tl.tensor,
-    parts: tl.tensor,
     UNIT: tl.constexpr,
     WORTH: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -210,7 +161,7 @@ def _plan_kernel(
     once = tl.cdiv(ROUNDS * slots, items - batch)
     limit = tl.maximum(tl.cdiv(slots, items - batch), tl.minimum(WORTH, once))
     limit = tl.maximum(tl.cdiv(limit, UNIT) * UNIT, UNIT)
-    even = tl.cdiv(length, tl.minimum(tl.maximum(tl.cdiv(length, limit), 1), parts))
+    even = tl.cdiv(length, tl.maximum(tl.cdiv(length, limit), 1))
     even = tl.maximum(tl.cdiv(even, UNIT) * UNIT, UNIT)
     stop = tl.cumsum(tl.cdiv(length, even), 0)
     item = tile * TILE + tl.arange(0, TILE)
@@ -220,4 +171,3 @@ def _plan_kernel(
         tl.store(share + layer * batch + index, even, mask=inside)
         tl.store(first + layer * (batch + 1) + index + 1, stop, mask=inside)
         tl.store(first + layer * (batch + 1), 0)
-        tl.store(widest + layer, tl.max(tl.where(inside, even, 0), 0))

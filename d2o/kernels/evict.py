@@ -16,6 +16,7 @@ from d2o.kernels.judge import judge, listed
 from d2o.kernels.nearest import nearest, staged_bytes
 from d2o.kernels.paged import PagedTensors
 from d2o.kernels.pairs import FEW, Pairs
+from d2o.kernels.pending import Pending, settle
 from d2o.kernels.select import Selection, select
 
 SCRATCH_BYTES = 1 << 30
@@ -33,6 +34,7 @@ def evict_in_place(
     history: History,
     config: D2OConfig,
     window: Tensor | None = None,
+    pending: Pending | None = None,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> None:
     """Brings each (layer, row) pair from ``used`` slots down to ``keep``, in place.
@@ -52,6 +54,7 @@ def evict_in_place(
         window: [pairs, kv_heads, prompt] float32, on the device, attention summed over the last
             ``config.window_queries`` prompt queries and the group, not pooled; given when a prompt is compressed. Slots
             must then be in ascending position. It may be narrower than the longest ``used``.
+        pending: decoded queries that the scores have yet to receive; those of the pairs are settled first.
         scratch_bytes: about how much memory may be used at once; pairs are worked on in chunks that fit.
 
     Raises:
@@ -60,6 +63,8 @@ def evict_in_place(
     host = _Host.of(block_table, layers, rows, used=used, keep=keep, seen=seen, config=config)
     for part in _chunks(pool, host, config, scratch_bytes, window is not None):
         pairs = host.on_device(part, block_table, pool)
+        if pending is not None:
+            settle(pool, pending, pairs.places, pairs.tables, pairs.used)
         _evict(pool, pairs, history, config, None if window is None else window[part])
 
 

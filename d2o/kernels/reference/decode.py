@@ -64,11 +64,10 @@ def decode_attention(
     return out.to(q.dtype)
 
 
-def plan_shares(lengths: list[int], target: int, parts: int, unit: int, worth: int) -> list[int]:
+def plan_shares(lengths: list[int], target: int, unit: int, worth: int) -> list[int]:
     """Slots of each item but the last, for one layer's sequences: equal parts, none larger than a target's share.
 
-    Unless that is less than ``worth``: then as much, while it leaves one of the target's ``ROUNDS`` rounds. A sequence
-    has ``parts`` items at most.
+    Unless that is less than ``worth``: then as much, while it leaves one of the target's ``ROUNDS`` rounds.
     """
 
     def whole_units(slots: int, parts: int) -> int:
@@ -76,4 +75,4 @@ def plan_shares(lengths: list[int], target: int, parts: int, unit: int, worth: i
 
     slots = sum(lengths)
     limit = whole_units(max(math.ceil(slots / target), min(worth, math.ceil(ROUNDS * slots / target))), 1)
-    return [whole_units(length, min(parts, math.ceil(length / limit))) for length in lengths]
+    return [whole_units(length, math.ceil(length / limit)) for length in lengths]

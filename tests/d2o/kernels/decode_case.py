@@ -11,6 +11,7 @@ from torch import Tensor
 
 from d2o.kernels.decode import DecodeConfig, DecodeGrid, DecodeWorkspace, decode_attention, plan_decode
 from d2o.kernels.paged import PagedTensors
+from d2o.kernels.pending import Pending, settle
 from d2o.kernels.reference import decode as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,29 +73,53 @@ class Case:
         )
 
     def workspace(self, grid: DecodeGrid) -> DecodeWorkspace:
+        heads = self.kv_heads * self.group
         made = DecodeWorkspace.allocate(
-            grid,
-            batch=len(self.lengths[0]),
+            grid, heads=heads, kv_heads=self.kv_heads, head_dim=self.head_dim, device=DEVICE
+        )
+        for scratch in (made.partial, made.peak, made.total):
+            scratch.fill_(math.nan)
+        return made
+
+    def pending(self) -> Pending:
+        """Nothing is pending; what its memory holds is no number."""
+        layers, rows, _ = self.table.shape
+        made = Pending.empty(
+            layers,
+            rows,
             heads=self.kv_heads * self.group,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
-            slots=max(sum(each) for each in self.lengths),
-            longest=max(max(each) for each in self.lengths),
+            dtype=self.dtype,
             device=DEVICE,
         )
-        for scratch in (made.partial, made.peak, made.total, made.stash, made.stash_peak):
-            scratch.fill_(math.nan)
+        made.query.fill_(math.nan)
+        made.level.fill_(math.nan)
         return made
+
+    def settle(self, pool: PagedTensors, pending: Pending, layer: int, used: Tensor | None = None) -> None:
+        """Adds what is pending of all sequences in a layer."""
+        places = layer * self.table.shape[1] + self.rows
+        settle(pool, pending, places, self.table[layer, self.rows.long()], self.counts[layer] if used is None else used)
 
     def rule(self, **changed: Any) -> dict[str, Any]:
         plain = {"window": None, "softcap": None, "bias": True, "score": True}
         return {"scale": self.head_dim**-0.5} | plain | changed
 
     def run(
-        self, layer: int = 0, *, grid: DecodeGrid | None = None, config: DecodeConfig | None = None, **rule: Any
+        self,
+        layer: int = 0,
+        *,
+        grid: DecodeGrid | None = None,
+        config: DecodeConfig | None = None,
+        score: bool = True,
+        **rule: Any,
     ) -> tuple[Tensor, PagedTensors]:
-        pool = self.copy()
-        plan = plan_decode(self.counts, grid or DecodeGrid.alone(len(self.lengths[0]) + 4))
+        """One step, and what it leaves pending settled."""
+        pool, pending = self.copy(), self.pending() if score else None
+        plan = plan_decode(self.counts, grid or DecodeGrid(len(self.lengths[0]) + 4))
+        rule = self.rule(**rule)
+        del rule["score"]
         out = decode_attention(
             self.q,
             self.k_new,
@@ -106,9 +131,12 @@ class Case:
             plan,
             layer,
             workspace=self.workspace(plan.grid),
+            pending=pending,
             config=config,
-            **self.rule(**rule),
+            **rule,
         )
+        if pending is not None:
+            self.settle(pool, pending, layer)
         return out, pool
 
     def expect(self, layer: int = 0, **rule: Any) -> tuple[Tensor, PagedTensors]:
@@ -120,6 +148,8 @@ class Case:
 
     def check(self, layer: int = 0, **changed: Any) -> None:
         launch = {name: changed.pop(name) for name in ("grid", "config") if name in changed}
+        if not changed.get("bias", True):
+            self.pool.bias.zero_()
         out, pool = self.run(layer, **launch, **changed)
         expected, after = self.expect(layer, **changed)
         assert out.dtype == self.dtype

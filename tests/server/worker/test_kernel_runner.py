@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2o.config import D2OConfig
 from d2o_server.engine.messages import Cancel
@@ -22,6 +22,7 @@ from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.pool_plan import PoolPlan
 from d2o_server.worker.sampler import SamplingState
 from tests.server.worker.conftest import NONE, PAGE, Answer, Harness, load, random_prompts, served_model
+from tests.server.worker.test_failures import failing_forward, memory_once
 
 NEW = 7
 # Interpreted, a step takes seconds: these two go through every kernel, the first at a prompt's end and again in decode.
@@ -178,6 +179,42 @@ def test_a_row_that_is_used_again_starts_with_nothing_merged() -> None:
     assert facts[1] is not None
     assert any(layer.merged + layer.dropped for layer in facts[0].layers)
     assert facts[0].layers == facts[1].layers
+
+
+def scores(harness: Harness, name: str, tokens: int) -> Tensor:
+    """Of the sequence's slots [layers, kv_heads, tokens], as soon as it has seen that many tokens."""
+    caches = harness.core.runner.caches
+    while name not in harness.core.runner.running:
+        harness.step()
+    row = harness.core.runner.running[name].cache.row
+    while int(caches.seen[row]) < tokens:
+        harness.step()
+    assert int(caches.seen[row]) == tokens
+    return caches.ops.read_scores(torch.arange(harness.pool.layers), row, tokens)
+
+
+def test_scores_that_are_read_have_all_that_the_queries_gave() -> None:
+    """Whatever the row's former owner left pending, however many are, and though a step had to run again."""
+    late = D2OConfig(budget_tokens=40)
+    prompt, other = random_prompts((12, 9), seed=4)
+    plain, kernel = Harness(served_model("tiny-llama")), KernelHarness()
+    kernel.submit(other, late, name="before", new=40)
+    for _ in range(4):
+        kernel.step()
+    kernel.core.handle(Cancel("before"))
+    kernel.run()
+    assert kernel.core.runner.caches.ops.pending.count.any()  # type: ignore[attr-defined]
+    for harness in (plain, kernel):
+        harness.submit(prompt, late, name="old", new=40)
+    for tokens in (13, 16, 17, 18):
+        ours, theirs = scores(kernel, "old", tokens), scores(plain, "old", tokens)
+        torch.testing.assert_close(ours.to(theirs.device), theirs, rtol=1e-3, atol=1e-5)
+    kernel.submit(other, late, name="new", new=40)
+    with failing_forward(kernel, memory_once(1)) as failed:
+        kernel.step()
+    assert failed == [1]
+    ours, theirs = scores(kernel, "old", 21), scores(plain, "old", 21)
+    torch.testing.assert_close(ours.to(theirs.device), theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

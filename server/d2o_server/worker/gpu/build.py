@@ -79,7 +79,7 @@ def _warm_up_eviction(core: WorkerCore) -> None:
 def assemble(plan: PoolPlan, forward: Forward, operator: AttentionOperator, pages: int) -> WorkerCore:
     """The parts of a worker over a pool of this many pages."""
     settings, shape = plan.settings, plan.shape
-    ops = KernelCacheOps(plan.pool(pages, mirrored=True))
+    ops = KernelCacheOps(plan.pool(pages, mirrored=True), shape.query_heads)
     cache_shape = CacheShape(windows=shape.windows, page_size=settings.page_size)
     runner = KernelRunner(
         forward,

@@ -9,6 +9,7 @@ from d2o.config import D2OConfig
 from d2o.kernels.evict import evict_in_place
 from d2o.kernels.history import History
 from d2o.kernels.paged import PagedTensors
+from d2o.kernels.pending import Pending, settle
 from d2o.pages import PagePool
 from d2o_server.worker.cache_ops import HostSpan, Span
 from d2o_server.worker.gpu.device import DeviceSpan, upload
@@ -21,11 +22,12 @@ class KernelCacheOps:
         pool: a mirrored pool.
         paged: its tensors as kernels take them.
         history: thresholds and fates of its rows.
+        pending: their newest queries, which their scores have yet to receive.
         table: [layers, rows, pages_per_row] int32, the block table on the device as of the last :meth:`sync_table`.
         padding_row: a row that no sequence has; all of its entries are the pool's spare page.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, query_heads: int) -> None:
         self.pool = pool
         self.paged = PagedTensors(pool.k, pool.v, pool.score, pool.position, pool.bias)
         layers, rows, _ = pool.block_table.shape
@@ -34,6 +36,15 @@ class KernelCacheOps:
         self.padding_row = pool.open_row()
         self.table[:, self.padding_row] = pool.num_pages
         self.history = History.empty(layers, rows, pool.kv_heads, device)
+        self.pending = Pending.empty(
+            layers,
+            rows,
+            heads=query_heads,
+            kv_heads=pool.kv_heads,
+            head_dim=pool.head_dim,
+            dtype=pool.k.dtype,
+            device=device,
+        )
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._evicted: dict[int, torch.cuda.Event | None] = {}
 
@@ -45,6 +56,7 @@ class KernelCacheOps:
             self.table.view(-1)[both[0]] = both[1].int()
 
     def reset(self, row: int) -> None:
+        self.pending.forget(row)
         if row in self._evicted:
             del self._evicted[row]
             self.history.forget(row)
@@ -74,6 +86,7 @@ class KernelCacheOps:
             history=self.history,
             config=config,
             window=window,
+            pending=self.pending,
         )
         pool.used[layers, rows] = keep
         pool.release(layers, rows)
@@ -94,6 +107,9 @@ class KernelCacheOps:
         self.pool.score[pages] = whole.unflatten(-1, (-1, self.pool.page_size)).transpose(1, 2)
 
     def read_scores(self, layers: Tensor, row: int, slots: int) -> Tensor:
+        places = layers * self.table.shape[1] + row
+        both = upload(torch.stack([places, torch.full_like(places, slots)]).int(), self.pool.device)
+        settle(self.paged, self.pending, both[0], self.table.flatten(0, 1)[both[0]], both[1])
         pages, _ = self._pages(layers, row, slots)
         return self.pool.score[pages].transpose(1, 2).flatten(2)[..., :slots]
 

@@ -126,7 +126,7 @@ class DecodeGraphs:
         rows, positions, lengths = self._inputs.views(size)
         grid = DecodeGrid.of(size, self._ops.pool.kv_heads, self._ops.pool.device)
         plan = plan_decode(lengths, grid, out=DecodePlan.empty(lengths, grid))
-        part = DecodePart(rows, positions, plan, self._workspace, bias=scored, score=scored, scored=set())
+        part = DecodePart(rows, positions, plan, self._workspace, self._ops.pending if scored else None, set())
         step = KernelStep(self._ops.paged, self._ops.table, part, None)
         keep = torch.arange(size, device=rows.device)
         with self._operator.running(step):
@@ -137,17 +137,9 @@ class DecodeGraphs:
 
 
 def workspace_for(ops: KernelCacheOps, query_heads: int, most: int) -> DecodeWorkspace:
-    """Scratch for batches of up to ``most`` sequences whose slots may fill the pool."""
+    """Scratch for batches of up to ``most`` sequences."""
     pool = ops.pool
-    # Layers have budgets of their own: one may hold more than its equal part of the pool.
-    slots = min(2 * pool.num_pages * pool.page_size // pool.layers, pool.num_pages * pool.page_size)
+    grid = DecodeGrid.of(most, pool.kv_heads, pool.device)
     return DecodeWorkspace.allocate(
-        DecodeGrid.of(most, pool.kv_heads, pool.device),
-        batch=most,
-        heads=query_heads,
-        kv_heads=pool.kv_heads,
-        head_dim=pool.head_dim,
-        slots=slots,
-        longest=min(slots, pool.block_table.shape[2] * pool.page_size),
-        device=pool.device,
+        grid, heads=query_heads, kv_heads=pool.kv_heads, head_dim=pool.head_dim, device=pool.device
     )

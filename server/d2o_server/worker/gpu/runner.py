@@ -153,8 +153,8 @@ class KernelRunner(Runner):
         unused[-2], unused[-1] = self._ops.padding_row, 0
         on_device = upload(torch.cat([packed, unused], 1).int(), pool.device)
         plans = plan_decode(on_device[:-2], DecodeGrid.of(rows.numel() + padding, pool.kv_heads, pool.device))
-        keeps = self._keeps_scores(plan)
-        return DecodePart(on_device[-2], on_device[-1], plans, self._workspace, bias=keeps, score=keeps, scored=scored)
+        pending = self._ops.pending if self._keeps_scores(plan) else None
+        return DecodePart(on_device[-2], on_device[-1], plans, self._workspace, pending, scored)
 
     def _prefill_part(self, parts: tuple[PrefillSlice, ...], rows: Tensor, starts: Tensor, first: int) -> PrefillPart:
         counts = torch.tensor([part.count for part in parts])

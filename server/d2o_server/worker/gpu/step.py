@@ -11,6 +11,7 @@ from d2o.kernels.column_sums import add_column_sums
 from d2o.kernels.column_sums_packed import add_column_sums_packed
 from d2o.kernels.decode import DecodePlan, DecodeWorkspace, decode_attention
 from d2o.kernels.paged import PagedTensors
+from d2o.kernels.pending import Pending
 from d2o.kernels.prefill import gather_context, packed_prefill_attention, prefill_attention
 from d2o.kernels.store import store_tokens
 from d2o_server.worker.gpu.prompts import Batch, PrefillPart
@@ -24,16 +25,16 @@ class DecodePart:
         rows, positions: [batch] int32, each one's row of the pool and its new token's position.
         plan: how their slots are shared out.
         workspace: the kernels' scratch.
-        bias, score: whether any of them has slot biases or goes on adding to scores.
-        scored: layers that have added this step's scores: a step that runs again must not add them twice.
+        pending: the newest queries of the pool's rows, if any of the sequences is compressed: then slots have biases,
+            and attention goes on adding to scores.
+        scored: layers whose queries of this step are pending: those of a step that runs again must not be so twice.
     """
 
     rows: Tensor
     positions: Tensor
     plan: DecodePlan
     workspace: DecodeWorkspace
-    bias: bool
-    score: bool
+    pending: Pending | None
     scored: set[int]
 
     @property
@@ -75,8 +76,7 @@ class KernelStep:
         if part is None:
             raise ValueError("a step without prompts and without decoding sequences")
         fresh = layer not in part.scored
-        part.scored.add(layer)
-        return decode_attention(
+        out = decode_attention(
             q.transpose(0, 1),
             k.transpose(0, 1),
             v.transpose(0, 1),
@@ -90,10 +90,12 @@ class KernelStep:
             scale=rule.scale,
             window=rule.window,
             softcap=rule.softcap,
-            bias=part.bias,
-            score=part.score and fresh,
+            bias=part.pending is not None,
+            pending=part.pending if fresh and rule.window is None else None,
             reset=fresh,
         )
+        part.scored.add(layer)
+        return out
 
     def _prefill(self, layer: int, batch: Batch, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
         """Attention of one batch's tokens, and their scores."""
