@@ -23,8 +23,8 @@ _STRIDES = ["q_batch", "q_head", "k_batch", "k_head", "v_batch", "v_head", "wind
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _append(
-    k_new: tl.tensor,
-    v_new: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
     score: tl.tensor,
@@ -36,18 +36,15 @@ def _append(
     DIM_PAD: tl.constexpr,
     RESET: tl.constexpr,
 ) -> None:
-    """Writes the new token to the slot with flat index ``place``, for all threads of the program to read."""
+    """Writes the new token to the slot with flat index ``place``; other threads must not read it before a barrier."""
     dim = tl.arange(0, DIM_PAD)
     inside = dim < DIM
-    key = tl.load(k_new + dim, mask=inside, other=0.0)
-    value = tl.load(v_new + dim, mask=inside, other=0.0)
     tl.store(k + place * DIM + dim, key.to(k.dtype.element_ty), mask=inside)
     tl.store(v + place * DIM + dim, value.to(v.dtype.element_ty), mask=inside)
     tl.store(position + place, current)
     tl.store(bias + place, 0.0)
     if RESET:
         tl.store(score + place, 0.0)
-    tl.debug_barrier()
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -148,6 +145,7 @@ def _attend(
     bias: tl.tensor,
     position: tl.tensor,
     pages: tl.tensor,
+    page: tl.tensor,
     head: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
@@ -171,7 +169,7 @@ def _attend(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Peak, sums [BLOCK, ROWS] and output of the slots [begin, end): whole tiles, then the one with the newest slot.
 
-    A tile lies in one page, whose id is loaded a step ahead: no key's address waits for memory.
+    A tile lies in one page, whose id is loaded a step ahead: no key's address waits for memory. ``page`` is the first.
     """
     column = tl.arange(0, BLOCK)
     most = tl.full([ROWS], float("-inf"), tl.float32)
@@ -179,7 +177,6 @@ def _attend(
     result = tl.zeros([DIM_PAD, ROWS], tl.float32)
     # A query of a step ago has seen all slots but the newest, one of two steps ago all but two.
     late_end = length - DEPTH + tl.arange(0, LATE_ROWS) // LANES
-    page = tl.load(pages + begin // PAGE)
     whole = tl.where(end == length, (length - 1) // BLOCK * BLOCK, end)
     for start in range(begin, whole, BLOCK):
         place = (page * KV_HEADS + head) * PAGE + start % PAGE
@@ -190,6 +187,7 @@ def _attend(
         )  # fmt: skip
         page = tl.load(pages + tl.minimum(start + BLOCK, length - 1) // PAGE)
     if end == length:
+        tl.debug_barrier()
         place = (page * KV_HEADS + head) * PAGE + whole % PAGE
         most, added, result = _step(
             query, late_query, late_level, late_end, most, added, result, k, v, described_k, described_v,
@@ -258,54 +256,57 @@ def attend_kernel(
     SCORE: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
-    """Program (KV head, item): stores the new token, attends, then what its sequence still needs."""
+    """Program (KV head, item): stores the new token, attends, then what its sequence still needs.
+
+    First of all it asks for all that it needs to know, and only for what it knows by then where to find: programs start
+    together, and while they wait for one answer after another nobody reads keys.
+    """
     head, item = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(owner + layer * items + item)
     if sequence < 0:
         return
-    at = layer * batch + sequence
-    length = tl.load(lengths + at)
-    size = tl.multiple_of(tl.load(share + at), _UNIT)
-    begin = tl.multiple_of((item - tl.load(first + at + layer)) * size, _UNIT)
-    end = tl.minimum(begin + size, length)
-    current = tl.load(positions + sequence)
     row, dim = tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
-    wanted = (row < GROUP)[None, :] & (dim < DIM)[:, None]
-    queries = q + sequence.to(tl.int64) * q_batch + (head * GROUP + row)[None, :] * q_head
-    query = tl.load(queries + dim[:, None], mask=wanted, other=0.0).to(k.dtype.element_ty)
+    at, whole = layer * batch + sequence, sequence.to(tl.int64)
     spot = layer.to(tl.int64) * table_rows + tl.load(rows + sequence)
+    length, current = tl.load(lengths + at), tl.load(positions + sequence)
+    size = tl.multiple_of(tl.load(share + at), _UNIT)
+    low, high = tl.load(first + at + layer), tl.load(first + at + layer + 1)
+    wanted = (row < GROUP)[None, :] & (dim < DIM)[:, None]
+    queries = q + whole * q_batch + (head * GROUP + row)[None, :] * q_head
+    query = tl.load(queries + dim[:, None], mask=wanted, other=0.0).to(k.dtype.element_ty)
+    key = tl.load(k_new + whole * k_batch + head * k_head + dim, mask=dim < DIM, other=0.0)
+    value = tl.load(v_new + whole * v_batch + head * v_head + dim, mask=dim < DIM, other=0.0)
+    begin = tl.multiple_of((item - low) * size, _UNIT)
+    end = tl.minimum(begin + size, length)
     pages = table + spot * table_columns
-    if end == length:
-        page = tl.load(pages + (length - 1) // PAGE).to(tl.int64)
-        new_key = k_new + sequence.to(tl.int64) * k_batch + head * k_head
-        new_value = v_new + sequence.to(tl.int64) * v_batch + head * v_head
-        newest = (page * KV_HEADS + head) * PAGE + (length - 1) % PAGE
-        _append(new_key, new_value, k, v, score, position, bias, newest, current, DIM, DIM_PAD, RESET)
+    page, newest = tl.load(pages + begin // PAGE), tl.load(pages + (length - 1) // PAGE)
     if SCORE:
         counter = late_count + spot * KV_HEADS + head
         count = tl.load(counter)
         full = count == DEPTH
     else:
         full: tl.constexpr = False  # type: ignore[no-redef]
+    if end == length:
+        place = (newest.to(tl.int64) * KV_HEADS + head) * PAGE + (length - 1) % PAGE
+        _append(key, value, k, v, score, position, bias, place, current, DIM, DIM_PAD, RESET)
     oldest = current - window + 1
     if full:
         earlier, level = recall(
             late_query, late_level, spot, count, head, KV_HEADS, GROUP, DIM, DIM_PAD, LANES, DEPTH, LATE_ROWS
         )
         most, added, result = _attend(
-            query, earlier, level, k, v, described_k, described_v, score, bias, position, pages,
+            query, earlier, level, k, v, described_k, described_v, score, bias, position, pages, page,
             head, begin, end, length, oldest, scale, softcap,
             KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, ROWS, LANES, DEPTH, LATE_ROWS, WINDOW, SOFTCAP, BIAS, True,
         )  # fmt: skip
     else:
         most, added, result = _attend(
-            query, query, query, k, v, described_k, described_v, score, bias, position, pages,
+            query, query, query, k, v, described_k, described_v, score, bias, position, pages, page,
             head, begin, end, length, oldest, scale, softcap,
             KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, ROWS, LANES, DEPTH, LATE_ROWS, WINDOW, SOFTCAP, BIAS, False,
         )  # fmt: skip
     sums = tl.sum(added, 0)
-    low, high = tl.load(first + at + layer), tl.load(first + at + layer + 1)
-    whole = sequence.to(tl.int64) * KV_HEADS + head
+    whole = whole * KV_HEADS + head
     if high - low == 1:
         sums = tl.where(row < GROUP, sums, 1.0)
         scaled = (result / sums[None, :]).to(out.dtype.element_ty)
