@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +135,17 @@ class Batch:
             )
 
         steps = 1 if pending is None else pending.depth
-        return time_graph([partial(attend, layer) for layer in range(self.layers)] * steps)
+        if pending is not None:
+            # In the middle of service: rows begin and are settled at different times.
+            pending.count[:] = torch.arange(len(self.rows), device="cuda")[:, None] % pending.depth
+
+        def step() -> None:
+            if pending is not None:
+                pending.tick()
+            for layer in range(self.layers):
+                attend(layer)
+
+        return time_graph([step] * steps) / self.layers
 
     def time_settle(self) -> float:
         """Milliseconds a layer to settle what is pending in all of them at once, where as much is as can be."""

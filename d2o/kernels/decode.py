@@ -88,9 +88,9 @@ def decode_attention(
         window: slots at positions <= the new token's - window are hidden; None is off.
         softcap: logits become ``softcap * tanh(logits / softcap)``, before the bias; None is off.
         bias: add the slots' logit biases (ALGORITHM section 4b); False only where all of them are 0.
-        pending: the newest queries of the table's rows, which the new ones join; where they are as many as fit, each
-            slot's probability under them, summed over them and the group, is added to ``pool.score`` first. None:
-            scores stay as they are.
+        pending: the newest queries of the table's rows, which the new ones join; where they are as many as fit, and in
+            every so many-th step by its clock, each slot's probability under them, summed over them and the group, is
+            added to ``pool.score`` first. None: scores stay as they are.
         reset: set the new slot's score to 0 first; False where a step is repeated.
 
     Returns:
@@ -112,7 +112,11 @@ def decode_attention(
         raise ValueError(f"block: got {chosen.block} slots, allowed are a page's {pool.page_size}")
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     lanes, dim_pad = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
-    late = (workspace.partial,) * 4 if pending is None else (pending.query, pending.level, pending.count, pending.rule)
+    late = (
+        (workspace.partial,) * 5
+        if pending is None
+        else (pending.query, pending.level, pending.count, pending.clock, pending.rule)
+    )
     depth = 1 if pending is None else pending.depth
     attend_kernel[kv_heads, grid.items](
         out,

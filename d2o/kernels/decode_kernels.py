@@ -150,6 +150,7 @@ def _attend(
     begin: tl.tensor,
     end: tl.tensor,
     length: tl.tensor,
+    count: tl.tensor,
     oldest: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
@@ -160,7 +161,6 @@ def _attend(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
-    DEPTH: tl.constexpr,
     LATE_ROWS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -176,7 +176,7 @@ def _attend(
     added = tl.zeros([BLOCK, ROWS], tl.float32)
     result = tl.zeros([DIM_PAD, ROWS], tl.float32)
     # A query of a step ago has seen all slots but the newest, one of two steps ago all but two.
-    late_end = length - DEPTH + tl.arange(0, LATE_ROWS) // LANES
+    late_end = length - count + tl.arange(0, LATE_ROWS) // LANES
     whole = tl.where(end == length, (length - 1) // BLOCK * BLOCK, end)
     for start in range(begin, whole, BLOCK):
         place = (page * KV_HEADS + head) * PAGE + start % PAGE
@@ -235,6 +235,7 @@ def attend_kernel(
     late_query: tl.tensor,
     late_level: tl.tensor,
     late_count: tl.tensor,
+    clock: tl.tensor,
     late_rule: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
@@ -282,28 +283,30 @@ def attend_kernel(
     page, newest = tl.load(pages + begin // PAGE), tl.load(pages + (length - 1) // PAGE)
     if SCORE:
         counter = late_count + spot * KV_HEADS + head
-        count = tl.load(counter)
-        full = count == DEPTH
+        count, turn = tl.load(counter), tl.load(clock) % DEPTH == DEPTH - 1
+        adds = (count == DEPTH) | (turn & (count > 0))
+        nth = tl.where(adds, 0, count)
     else:
-        full: tl.constexpr = False  # type: ignore[no-redef]
+        count = 0
+        adds: tl.constexpr = False  # type: ignore[no-redef]
     if end == length:
         place = (newest.to(tl.int64) * KV_HEADS + head) * PAGE + (length - 1) % PAGE
         _append(key, value, k, v, score, position, bias, place, current, DIM, DIM_PAD, RESET)
     oldest = current - window + 1
-    if full:
+    if adds:
         earlier, level = recall(
             late_query, late_level, spot, count, head, KV_HEADS, GROUP, DIM, DIM_PAD, LANES, DEPTH, LATE_ROWS
         )
         most, added, result = _attend(
             query, earlier, level, k, v, described_k, described_v, score, bias, position, pages, page,
-            head, begin, end, length, oldest, scale, softcap,
-            KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, ROWS, LANES, DEPTH, LATE_ROWS, WINDOW, SOFTCAP, BIAS, True,
+            head, begin, end, length, count, oldest, scale, softcap,
+            KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, ROWS, LANES, LATE_ROWS, WINDOW, SOFTCAP, BIAS, True,
         )  # fmt: skip
     else:
         most, added, result = _attend(
             query, query, query, k, v, described_k, described_v, score, bias, position, pages, page,
-            head, begin, end, length, oldest, scale, softcap,
-            KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, ROWS, LANES, DEPTH, LATE_ROWS, WINDOW, SOFTCAP, BIAS, False,
+            head, begin, end, length, count, oldest, scale, softcap,
+            KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, ROWS, LANES, LATE_ROWS, WINDOW, SOFTCAP, BIAS, False,
         )  # fmt: skip
     sums = tl.sum(added, 0)
     whole = whole * KV_HEADS + head
@@ -313,7 +316,7 @@ def attend_kernel(
         tl.store(out + (whole * GROUP + row)[None, :] * DIM + dim[:, None], scaled, mask=wanted)
         if SCORE:
             leave(
-                late_query, late_level, counter, late_rule, query, most + tl.log2(sums), spot, count, head,
+                late_query, late_level, counter, late_rule, query, most + tl.log2(sums), spot, nth, head,
                 layer, scale, softcap, KV_HEADS, GROUP, DIM, DIM_PAD, ROWS, ROWS, DEPTH,
             )  # fmt: skip
     else:
@@ -328,6 +331,6 @@ def attend_kernel(
             )
             if SCORE:
                 leave(
-                    late_query, late_level, counter, late_rule, query, level, spot, count, head,
+                    late_query, late_level, counter, late_rule, query, level, spot, nth, head,
                     layer, scale, softcap, KV_HEADS, GROUP, DIM, DIM_PAD, ROWS, LANES, DEPTH,
                 )  # fmt: skip

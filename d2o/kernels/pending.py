@@ -33,12 +33,14 @@ class Pending:
         level: [layers, rows, depth, heads] float32, logsumexp of each one's logits, base 2.
         count: [layers, rows, kv_heads] int32, how many there are.
         rule: [layers, 2] float32, factor and softcap (0: none) of the layer's logits, as kernels take them.
+        clock: [1] int32, counts steps.
     """
 
     query: Tensor
     level: Tensor
     count: Tensor
     rule: Tensor
+    clock: Tensor
 
     @classmethod
     def empty(
@@ -58,12 +60,19 @@ class Pending:
             torch.empty(layers, rows, depth, heads, device=device),
             torch.zeros(layers, rows, kv_heads, dtype=torch.int32, device=device),
             torch.zeros(layers, 2, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
         )
 
     @property
     def depth(self) -> int:
         """How many queries come together before their probabilities are added."""
         return self.query.shape[2]
+
+    def tick(self) -> None:
+        """Begins a step. In every ``depth``-th all rows add what they have: programs that add and others keep each
+        other waiting, so they had better do it together.
+        """
+        self.clock.add_(1)
 
     def forget(self, row: int) -> None:
         """Has the row begin anew."""
@@ -142,7 +151,7 @@ def leave(
     query: tl.tensor,
     level: tl.tensor,
     spot: tl.tensor,
-    count: tl.tensor,
+    nth: tl.tensor,
     head: tl.tensor,
     layer: tl.tensor,
     scale: tl.tensor,
@@ -155,11 +164,7 @@ def leave(
     LANES: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """Adds a group's new queries [DIM_PAD, ROWS] and their normalisers [LANES] to the ``count`` of their row.
-
-    Where those were as many as fit they have been added to the scores, and the new one is the first again.
-    """
-    nth = tl.where(count == DEPTH, 0, count)
+    """Leaves a group's queries [DIM_PAD, ROWS] and their normalisers [LANES] as the ``nth`` and newest of their row."""
     cells = ((spot * DEPTH + nth) * KV_HEADS + head) * GROUP
     row, lane, dim = tl.arange(0, ROWS), tl.arange(0, LANES), tl.arange(0, DIM_PAD)
     wanted = (row < GROUP)[None, :] & (dim < DIM)[:, None]

@@ -16,7 +16,7 @@ from d2o.kernels.pending import settle_kernel
 TILE = "tensordesc<bf16[32,128]>"
 MODEL = dict.fromkeys("q k_new v_new k v out late_query".split(), "*bf16")
 REAL = dict.fromkeys("score bias partial peak total late_level late_rule".split(), "*fp32")
-WHOLE = "position positions table rows lengths share first owner arrivals places tables used late_count".split()
+WHOLE = "position positions table rows lengths share first owner arrivals places tables used late_count clock".split()
 TYPES = MODEL | REAL | dict.fromkeys(WHOLE, "*i32") | {"scale": "fp32", "softcap": "fp32"}
 TYPES |= {"described_k": TILE, "described_v": TILE}
 SHAPE = {"KV_HEADS": 8, "GROUP": 3, "PAGE": 32, "DIM": 96, "DIM_PAD": 128, "BLOCK": 32}

@@ -38,7 +38,8 @@ class Steps:
         wanted = reference.decode_attention(
             q.float(), k_new.float(), v_new.float(), self.expected, *tables, lengths, 0, score=True, **rule
         )
-        if len(self.owed) == self.pending.depth:
+        turn = int(self.pending.clock) % self.pending.depth == self.pending.depth - 1
+        if turn or len(self.owed) == self.pending.depth:
             self.owed.clear()
         self.owed.append((self.expected.score - before.nan_to_num()).nan_to_num())
         rule |= {"workspace": case.workspace(self.grid), "pending": self.pending}
@@ -67,6 +68,25 @@ def test_steps_in_a_row_add_what_the_twin_adds_but_for_what_is_pending(
         steps.step()
         steps.assert_scores()
     assert steps.owed
+    steps.settle()
+    steps.assert_scores()
+
+
+@pytest.mark.parametrize("begin", [0, 1, 3])
+def test_by_the_clock_all_sequences_add_what_they_have_in_the_same_step(begin: int) -> None:
+    steps = Steps(Case(lengths=[[40, 125, 5]], kv_heads=1))
+    pending = steps.pending
+    for _ in range(begin):
+        pending.tick()
+    rows = steps.case.rows.long()
+    for _ in range(9):
+        pending.tick()
+        turn = int(pending.clock) % pending.depth == pending.depth - 1
+        # One sits out all other steps: whose turn it is does not depend on how many it has.
+        steps.step([0, 1, 2] if turn else [1, 0])
+        steps.assert_scores()
+        if turn:
+            assert pending.count[0, rows, 0].tolist() == [1, 1, 1]
     steps.settle()
     steps.assert_scores()
 

@@ -126,7 +126,10 @@ class DecodeGraphs:
         rows, positions, lengths = self._inputs.views(size)
         grid = DecodeGrid.of(size, self._ops.pool.kv_heads, self._ops.pool.device)
         plan = plan_decode(lengths, grid, out=DecodePlan.empty(lengths, grid))
-        part = DecodePart(rows, positions, plan, self._workspace, self._ops.pending if scored else None, set())
+        pending = self._ops.pending if scored else None
+        if pending is not None:
+            pending.tick()
+        part = DecodePart(rows, positions, plan, self._workspace, pending, set())
         step = KernelStep(self._ops.paged, self._ops.table, part, None)
         keep = torch.arange(size, device=rows.device)
         with self._operator.running(step):

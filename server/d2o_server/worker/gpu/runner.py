@@ -154,6 +154,8 @@ class KernelRunner(Runner):
         on_device = upload(torch.cat([packed, unused], 1).int(), pool.device)
         plans = plan_decode(on_device[:-2], DecodeGrid.of(rows.numel() + padding, pool.kv_heads, pool.device))
         pending = self._ops.pending if self._keeps_scores(plan) else None
+        if pending is not None:
+            pending.tick()
         return DecodePart(on_device[-2], on_device[-1], plans, self._workspace, pending, scored)
 
     def _prefill_part(self, parts: tuple[PrefillSlice, ...], rows: Tensor, starts: Tensor, first: int) -> PrefillPart:
