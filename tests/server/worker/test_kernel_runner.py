@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from d2o_server.models.describe import describe
 from d2o_server.settings import worker_settings
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.distribution import greedy, pad_vocabulary
+from d2o_server.worker.gpu.batch_sizes import BatchSize
 from d2o_server.worker.gpu.build import assemble
 from d2o_server.worker.gpu.draws import draw_rows
 from d2o_server.worker.gpu.model import Logits, forward_of, join_projections
 from d2o_server.worker.gpu.operator import AttentionOperator
+from d2o_server.worker.gpu.runner import KernelRunner
 from d2o_server.worker.pool_plan import PoolPlan
 from d2o_server.worker.sampler import SamplingState
 from tests.server.worker.conftest import NONE, PAGE, Answer, Harness, load, random_prompts, served_model
@@ -105,6 +108,35 @@ def test_drawn_tokens_are_those_of_the_host() -> None:
     ):
         expected = answers(Harness(served_model("tiny-llama")), prompts, NONE, sampling)
         assert_alike(answers(KernelHarness(), prompts, NONE, sampling), expected)
+
+
+def test_each_batch_size_is_captured_with_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    preferred = ["cublas"]
+
+    def prefer(library: str | None = None) -> str:
+        """Torch's own refuses where it was built without a GPU's libraries."""
+        preferred.append(library or preferred[-1])
+        return preferred[-1]
+
+    captured = []
+
+    def capture(size: int, scored: bool, pool: object) -> SimpleNamespace:
+        captured.append((size, scored, preferred[-1], pool))
+        return SimpleNamespace(graph=SimpleNamespace(pool=lambda: "shared"))
+
+    runner = KernelHarness().core.runner
+    assert isinstance(runner, KernelRunner)
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", prefer)
+    monkeypatch.setattr(runner._graphs, "_capture", capture)
+    runner.capture([BatchSize(2), BatchSize(8, "cublaslt")], lambda _: None)
+    # The largest first, whose memory serves all.
+    assert captured == [
+        (8, True, "cublaslt", None),
+        (8, False, "cublaslt", "shared"),
+        (2, True, "cublas", "shared"),
+        (2, False, "cublas", "shared"),
+    ]
+    assert preferred[-1] == "cublas"
 
 
 def test_a_sequence_that_ends_has_run_one_token_more_which_nobody_sees() -> None:
