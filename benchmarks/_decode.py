@@ -19,7 +19,7 @@ from d2o.kernels.decode import (
 )
 from d2o.kernels.decode_plan import WORTH_SLOTS
 from d2o.kernels.paged import PagedTensors
-from d2o.kernels.pending import Pending, settle
+from d2o.kernels.pending import Pending, depth_of, settle
 from d2o.kernels.reference import decode as reference
 
 REPLAYS = (
@@ -170,8 +170,7 @@ class Batch:
 
     def necessary_bytes(self, mode: dict[str, bool]) -> float:
         """Of a step: keys, values, with biases the bias, and of the score that is read and written once in a while."""
-        depth = self.pending().depth
-        extra = self.heads.kv_heads * (8 / depth * mode["score"] + 4 * mode["bias"])
+        extra = self.heads.kv_heads * (8 / depth_of(self.heads.group) * mode["score"] + 4 * mode["bias"])
         return sum(self.shape.lengths) * (self.heads.slot_bytes + extra)
 
 

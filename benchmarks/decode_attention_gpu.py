@@ -50,7 +50,7 @@ SWEEP: tuple[dict[str, int], ...] = (
     {},
     {"warps": 1},
     {"warps": 4},
-    {"stages": 3},
+    {"stages": 4},
     {"stages": 5},
     {"page_size": 64},
     {"page_size": 64, "stages": 4},

@@ -2,7 +2,7 @@
 
 A program takes one work item (:mod:`d2o.kernels.decode_plan`) of one KV head, all query heads of its group at once, and
 leaves its unnormalised output, peak and sum. The program that finishes a sequence last combines its items
-(flash-decoding's log-sum-exp rule). Scores receive what a query gives when the next one reads the same keys
+(flash-decoding's log-sum-exp rule). Scores receive what a query gives when one of a later step reads the same keys
 (:mod:`d2o.kernels.pending`): by then its normaliser is known.
 """
 
@@ -48,7 +48,7 @@ class DecodeConfig:
         block = max(16, min(page_size, SHARE_SLOTS, _TILE_BYTES // slot_bytes))
         # Float32 has no tensor cores here: its products need the threads and the registers.
         warps = 4 if dtype == torch.float32 else 2
-        return cls(block, stages=3, warps=warps)
+        return cls(block, warps=warps)
 
 
 def decode_attention(

@@ -54,7 +54,7 @@ class Pending:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Pending:
-        depth = max(1, min(_DEPTH, _ROWS // triton.next_power_of_2(heads // kv_heads)))
+        depth = depth_of(heads // kv_heads)
         return cls(
             torch.empty(layers, rows, depth, heads, head_dim, dtype=dtype, device=device),
             torch.empty(layers, rows, depth, heads, device=device),
@@ -77,6 +77,12 @@ class Pending:
     def forget(self, row: int) -> None:
         """Has the row begin anew."""
         self.count[:, row] = 0
+
+
+def depth_of(group: int) -> int:
+    """How many queries come together where ``group`` query heads share a KV head."""
+    lanes: int = triton.next_power_of_2(group)
+    return max(1, min(_DEPTH, _ROWS // lanes))
 
 
 def settle(pool: PagedTensors, pending: Pending, places: Tensor, tables: Tensor, used: Tensor) -> None:

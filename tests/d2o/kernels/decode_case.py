@@ -106,6 +106,10 @@ class Case:
         plain = {"window": None, "softcap": None, "bias": True, "score": True}
         return {"scale": self.head_dim**-0.5} | plain | changed
 
+    def launch_rule(self, **changed: Any) -> dict[str, Any]:
+        """What the kernel is told of it: whether it scores is said by what is pending."""
+        return {name: value for name, value in self.rule(**changed).items() if name != "score"}
+
     def run(
         self,
         layer: int = 0,
@@ -118,8 +122,7 @@ class Case:
         """One step, and what it leaves pending settled."""
         pool, pending = self.copy(), self.pending() if score else None
         plan = plan_decode(self.counts, grid or DecodeGrid(len(self.lengths[0]) + 4))
-        rule = self.rule(**rule)
-        del rule["score"]
+        rule = self.launch_rule(**rule)
         out = decode_attention(
             self.q,
             self.k_new,

@@ -69,8 +69,7 @@ def test_one_workspace_serves_layer_after_layer() -> None:
     case, grid = Case(lengths=[[300, 900], [700, 5]]), DecodeGrid(2 + 9)
     plan = plan_decode(case.counts, grid)
     workspace, pool, expected, pending = case.workspace(grid), case.copy(), case.copy(), case.pending()
-    rule = case.rule()
-    del rule["score"]
+    rule = case.launch_rule()
     for layer in (0, 1, 0):
         inputs = (case.q, case.k_new, case.v_new)
         out = decode_attention(
@@ -134,8 +133,7 @@ def test_what_does_not_fit_is_refused() -> None:
     case = Case(lengths=[[40]])
     plan, small = plan_decode(case.counts, DecodeGrid(4)), case.workspace(DecodeGrid(3))
     inputs = (case.q, case.k_new, case.v_new, case.pool, case.table, case.rows, case.positions)
-    rule = case.rule()
-    del rule["score"]
+    rule = case.launch_rule()
     with pytest.raises(ValueError, match="got 4 items, allowed are the workspace's 3"):
         decode_attention(*inputs, plan, 0, workspace=small, pending=None, **rule)
     rule |= {"window": 7, "pending": case.pending()}
@@ -168,8 +166,7 @@ def test_a_captured_step_follows_the_lengths_that_its_tensors_hold() -> None:
     case = Case(lengths=[[300, 40], [900, 2000]], kv_heads=8, head_dim=128, dtype=torch.bfloat16)
     grid = DecodeGrid.of(2, 8, torch.device("cuda"))
     workspace, pool, pending = case.workspace(grid), case.copy(), case.pending()
-    plan, rule = DecodePlan.empty(case.counts.clone(), grid), case.rule()
-    del rule["score"]
+    plan, rule = DecodePlan.empty(case.counts.clone(), grid), case.launch_rule()
     inputs = (case.q, case.k_new, case.v_new, pool, case.table, case.rows, case.positions)
 
     def step() -> Tensor:
