@@ -56,14 +56,20 @@ class AsyncStream(AsyncIterator[Chunk]):
     raises; cancelling the task that reads cancels the generation.
     """
 
-    def __init__(self, open_call: Callable[[float | None], Call], attempts: Callable[[], Attempts]) -> None:
+    def __init__(
+        self,
+        open_call: Callable[[float | None], Call],
+        attempts: Callable[[], Attempts],
+        client_closed: asyncio.Event,
+    ) -> None:
         self._open_call = open_call
         self._new_attempts = attempts
         self._attempts: Attempts | None = None
         self._call: Call | None = None
         self._progress = StreamProgress()
         self._ended = False
-        self._closed = False
+        self._closed = asyncio.Event()
+        self._client_closed = client_closed
 
     @property
     def started(self) -> Started | None:
@@ -93,7 +99,7 @@ class AsyncStream(AsyncIterator[Chunk]):
 
     async def aclose(self) -> None:
         """Cancels the call if it still runs. Another task that reads it gets a RequestCancelledError."""
-        self._closed = True
+        self._closed.set()
         if self._call is not None:
             self._call.cancel()
 
@@ -142,7 +148,7 @@ class AsyncStream(AsyncIterator[Chunk]):
 
     async def _read(self, attempts: Attempts) -> pb.StreamGenerateTextResponse | None:
         """The next message, None at the end."""
-        if self._closed:
+        if self._closed.is_set():
             raise RequestCancelledError("the stream was closed")
         if self._call is None:
             self._call = self._open_call(attempts.begin())
@@ -156,7 +162,7 @@ class AsyncStream(AsyncIterator[Chunk]):
     async def _recover(self, attempts: Attempts, failure: D2OError) -> None:
         if self._progress.has_chunks:
             raise attempts.fail(failure)
-        await asyncio.sleep(attempts.pause_after(failure))
+        await _pause(attempts.pause_after(failure), self._closed, self._client_closed)
         self._call = None
 
 
@@ -204,7 +210,7 @@ class AsyncClient:
         )
         self._channel: aio.Channel | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closed = False
+        self._closed = asyncio.Event()
 
     async def generate(
         self,
@@ -243,7 +249,7 @@ class AsyncClient:
             method = self._open_channel().unary_stream(STREAM.path, STREAM.serialize, STREAM.parse)
             return method(request, timeout=seconds, metadata=pairs)
 
-        return AsyncStream(open_call, lambda: self._settings.attempts(timeout))
+        return AsyncStream(open_call, lambda: self._settings.attempts(timeout), self._closed)
 
     async def tokenize(
         self, prompt: Prompt, *, with_text: bool = False, timeout: Timeout = USE_DEFAULT, metadata: Metadata = ()
@@ -277,7 +283,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the connections and cancels what still runs."""
-        self._closed = True
+        self._closed.set()
         if self._channel is not None:
             await self._channel.close()
 
@@ -291,7 +297,7 @@ class AsyncClient:
 
     def _open_channel(self) -> aio.Channel:
         """The channel, made here and not in the constructor: it binds to the loop that runs."""
-        if self._closed:
+        if self._closed.is_set():
             raise ClientClosedError("the client is closed; make a new one")
         loop = asyncio.get_running_loop()
         if self._channel is None:
@@ -314,7 +320,17 @@ class AsyncClient:
             except asyncio.CancelledError:
                 _raise_unless_task_cancelled()
                 raise
-            await asyncio.sleep(pause)
+            await _pause(pause, self._closed)
+
+
+async def _pause(seconds: float, *closed: asyncio.Event) -> None:
+    """Sleeps, but no longer than until a stream or its client is closed."""
+    waits = [asyncio.create_task(event.wait()) for event in closed]
+    try:
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def _raise_unless_task_cancelled() -> None:

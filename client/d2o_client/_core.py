@@ -5,6 +5,7 @@ Sans-IO: nothing here sleeps, sends or reads; :mod:`d2o_client._sync` and :mod:`
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -22,6 +23,7 @@ from d2o_client._responses import chunk_value, finished_value, started_value
 from d2o_client._types import Chunk, Finished, Generation, Started, TokenLogprob
 from d2o_inference.v1 import inference_service_pb2 as pb
 
+LOG = logging.getLogger("d2o_client")
 RETRYABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
 DEFAULT_TIMEOUT = 600.0
 DEFAULT_KEEPALIVE = 60.0
@@ -116,6 +118,14 @@ class Attempts:
         left = self._time_left()
         if left is not None and pause >= left:
             raise error
+        LOG.info(
+            "attempt %d of %d failed with %s: %s; the next one begins in %.2f s",
+            self.sent,
+            self._retry.max_attempts,
+            error.code.name,
+            error.details,
+            pause,
+        )
         return pause
 
     def fail(self, error: D2OError) -> D2OError:

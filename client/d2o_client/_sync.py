@@ -53,20 +53,49 @@ class Call(Protocol):
     def cancel(self) -> bool: ...
 
 
+class Closing:
+    """Whether something was closed, and pauses that end when it is, or when its owner is.
+
+    Args:
+        owner: what this belongs to; None for a client.
+    """
+
+    def __init__(self, owner: Closing | None = None) -> None:
+        self._owner = owner
+        self._changed: threading.Condition = owner._changed if owner is not None else threading.Condition()
+        self.began = False
+
+    def begin(self) -> None:
+        """Ends the pauses of this and of all that belongs to it."""
+        with self._changed:
+            self.began = True
+            self._changed.notify_all()
+
+    def pause(self, seconds: float) -> None:
+        """Sleeps, but no longer than until this or its owner is closed."""
+        with self._changed:
+            self._changed.wait_for(self._over, seconds)
+
+    def _over(self) -> bool:
+        return self.began or (self._owner is not None and self._owner._over())
+
+
 class Stream(Iterator[Chunk]):
     """A running generation: iterate over its chunks; leaving its ``with`` block, or ``close``, cancels it.
 
     The call is sent with the first chunk that is asked for. Iteration raises what :meth:`Client.generate` raises.
     """
 
-    def __init__(self, open_call: Callable[[float | None], Call], attempts: Callable[[], Attempts]) -> None:
+    def __init__(
+        self, open_call: Callable[[float | None], Call], attempts: Callable[[], Attempts], closing: Closing
+    ) -> None:
         self._open_call = open_call
         self._new_attempts = attempts
         self._attempts: Attempts | None = None
         self._call: Call | None = None
         self._progress = StreamProgress()
         self._ended = False
-        self._closed = threading.Event()
+        self._closing = closing
 
     @property
     def started(self) -> Started | None:
@@ -96,7 +125,7 @@ class Stream(Iterator[Chunk]):
 
     def close(self) -> None:
         """Cancels the call if it still runs. Any thread may call this."""
-        self._closed.set()
+        self._closing.begin()
         if self._call is not None:
             self._call.cancel()
 
@@ -110,8 +139,9 @@ class Stream(Iterator[Chunk]):
 
     def __del__(self) -> None:
         """A bare loop that was left has no scope to end: the call ends with the last reference to its stream."""
-        if getattr(self, "_call", None) is not None:
-            self.close()
+        call = getattr(self, "_call", None)
+        if call is not None:
+            call.cancel()
 
     def __iter__(self) -> Self:
         return self
@@ -141,7 +171,7 @@ class Stream(Iterator[Chunk]):
                     return chunk
 
     def _running_call(self, attempts: Attempts) -> Call:
-        if self._closed.is_set():
+        if self._closing.began:
             raise RequestCancelledError("the stream was closed")
         if self._call is None:
             self._call = self._open_call(attempts.begin())
@@ -150,7 +180,7 @@ class Stream(Iterator[Chunk]):
     def _recover(self, attempts: Attempts, failure: D2OError) -> None:
         if self._progress.has_chunks:
             raise attempts.fail(failure)
-        self._closed.wait(attempts.pause_after(failure))
+        self._closing.pause(attempts.pause_after(failure))
         self._call = None
 
 
@@ -197,7 +227,7 @@ class Client:
             api_key=api_key,
         )
         self._channel = _open_channel(self._settings.channel)
-        self._closed = threading.Event()
+        self._closing = Closing()
 
     def generate(
         self,
@@ -236,7 +266,7 @@ class Client:
             method = self._open_channel().unary_stream(STREAM.path, STREAM.serialize, STREAM.parse)
             return method(request, timeout=seconds, metadata=pairs)
 
-        return Stream(open_call, lambda: self._settings.attempts(timeout))
+        return Stream(open_call, lambda: self._settings.attempts(timeout), Closing(self._closing))
 
     def tokenize(
         self, prompt: Prompt, *, with_text: bool = False, timeout: Timeout = USE_DEFAULT, metadata: Metadata = ()
@@ -267,8 +297,8 @@ class Client:
         return health_status(self._call(HEALTH, request, timeout, metadata))
 
     def close(self) -> None:
-        """Closes the connections and cancels what still runs."""
-        self._closed.set()
+        """Closes the connections and cancels what still runs. Any thread may call this."""
+        self._closing.begin()
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -280,7 +310,7 @@ class Client:
         self.close()
 
     def _open_channel(self) -> grpc.Channel:
-        if self._closed.is_set():
+        if self._closing.began:
             raise ClientClosedError("the client is closed; make a new one")
         return self._channel
 
@@ -294,7 +324,7 @@ class Client:
             try:
                 return call(request, timeout=attempts.begin(), metadata=pairs)
             except grpc.RpcError as error:
-                self._closed.wait(attempts.pause_after(from_rpc_error(error)))
+                self._closing.pause(attempts.pause_after(from_rpc_error(error)))
 
 
 def _open_channel(settings: ChannelSettings) -> grpc.Channel:

@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from d2o_client import AsyncClient, AsyncStream, Client
-from tests.client.scripted_service import ScriptedServer
+from tests.client.scripted_service import PATIENCE, ScriptedServer
+
+
+class Retries(logging.Handler):
+    """Listens to a client's log for the pauses before its attempts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+        self._seen = threading.Semaphore(0)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+        self._seen.release()
+
+    def wait(self, count: int = 1) -> None:
+        """Until ``count`` more attempts failed and their pauses are about to begin."""
+        for _ in range(count):
+            assert self._seen.acquire(timeout=PATIENCE), "no attempt failed"
+
+
+@pytest.fixture
+def retries() -> Iterator[Retries]:
+    logger, listener = logging.getLogger("d2o_client"), Retries()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(listener)
+    yield listener
+    logger.removeHandler(listener)
+    logger.setLevel(level)
 
 
 class BlockingStream:

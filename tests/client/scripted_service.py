@@ -38,6 +38,8 @@ class Wait:
 
 Step = Any
 HANG = Wait()
+PAUSE = 15
+LATER = Abort(grpc.StatusCode.UNAVAILABLE, "gone", (("grpc-retry-pushback-ms", str(PAUSE * 1000)),))
 
 
 @dataclass

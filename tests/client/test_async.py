@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-import grpc
 import pytest
 
 from d2o_client import AsyncClient, ClientClosedError, RequestCancelledError, RetryPolicy
-from tests.client.scripted_service import HANG, PATIENCE, STARTED, Abort, Recorded, ScriptedServer, chunk
+from tests.client.conftest import Retries
+from tests.client.scripted_service import HANG, LATER, PATIENCE, STARTED, Recorded, ScriptedServer, chunk
 
 
 @pytest.fixture
@@ -59,13 +59,40 @@ async def test_cancelling_a_task_that_reads_a_stream_cancels_the_call(
 
 
 async def test_a_task_is_cancelled_while_it_waits_for_its_next_attempt(
-    client: AsyncClient, server: ScriptedServer
+    client: AsyncClient, server: ScriptedServer, retries: Retries
 ) -> None:
-    pushback = (("grpc-retry-pushback-ms", "15000"),)
-    server.script("GenerateText", Abort(grpc.StatusCode.UNAVAILABLE, "gone", pushback))
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(client.generate("Hi"), 0.3)
+    server.script("GenerateText", LATER)
+    task = asyncio.create_task(client.generate("Hi"))
+    await asyncio.to_thread(retries.wait)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert len(server.calls) == 1
+
+
+async def test_closing_a_stream_ends_its_wait_for_the_next_attempt(
+    client: AsyncClient, server: ScriptedServer, retries: Retries
+) -> None:
+    server.script("StreamGenerateText", LATER)
+    stream = client.stream("Hi")
+    task = asyncio.create_task(stream.result())
+    await asyncio.to_thread(retries.wait)
+    await stream.aclose()
+    with pytest.raises(RequestCancelledError, match="closed"):
+        await asyncio.wait_for(task, PATIENCE)
+    assert len(server.calls) == 1
+
+
+async def test_closing_the_client_ends_every_wait_for_the_next_attempt(
+    client: AsyncClient, server: ScriptedServer, retries: Retries
+) -> None:
+    server.script("GenerateText", LATER)
+    server.script("StreamGenerateText", LATER)
+    tasks = [asyncio.create_task(client.generate("Hi")), asyncio.create_task(client.stream("Hi").result())]
+    await asyncio.to_thread(retries.wait, 2)
+    await client.close()
+    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), PATIENCE)
+    assert [type(result) for result in results] == [ClientClosedError, ClientClosedError]
 
 
 async def test_closing_a_stream_that_another_task_reads_is_no_task_cancellation(

@@ -19,7 +19,7 @@ from d2o_client import (
     UnavailableError,
 )
 from d2o_client._core import Attempts
-from tests.client.conftest import Connect
+from tests.client.conftest import Connect, Retries
 from tests.client.scripted_service import STARTED, Abort, ScriptedServer, Wait, chunk
 
 QUICK = RetryPolicy(initial_backoff=0.01, max_backoff=0.05)
@@ -52,6 +52,12 @@ def test_attempts_are_bounded_and_counted(client: Any, server: ScriptedServer) -
     with pytest.raises(UnavailableError, match="after 5 attempts") as caught:
         client.generate("Hi")
     assert caught.value.attempts == len(server.calls) == QUICK.max_attempts
+
+
+def test_a_failed_attempt_and_its_pause_are_logged(client: Any, server: ScriptedServer, retries: Retries) -> None:
+    server.script("GenerateText", pushback(20))
+    client.generate("Hi")
+    assert retries.messages == ["attempt 1 of 5 failed with RESOURCE_EXHAUSTED: busy; the next one begins in 0.02 s"]
 
 
 def test_other_failures_are_not_tried_again(client: Any, server: ScriptedServer) -> None:
