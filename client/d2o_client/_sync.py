@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self, Unpack
 
@@ -43,6 +44,8 @@ from d2o_client._requests import generation_fields, prompt_message
 from d2o_client._responses import generation_value, load_value, model_info_value, tokens_value
 from d2o_client._types import Chunk, Finished, Generation, HealthStatus, Load, ModelInfo, Started, Tokens
 from d2o_inference.v1 import inference_service_pb2 as pb
+
+_CLOSED = "the client is closed; make a new one"
 
 
 class Call(Protocol):
@@ -175,6 +178,8 @@ class Stream(Iterator[Chunk]):
             raise RequestCancelledError("the stream was closed")
         if self._call is None:
             self._call = self._open_call(attempts.begin())
+            if self._closing.began:  # by another thread, which saw no call to cancel
+                self._call.cancel()
         return self._call
 
     def _recover(self, attempts: Attempts, failure: D2OError) -> None:
@@ -264,7 +269,8 @@ class Client:
 
         def open_call(seconds: float | None) -> Call:
             method = self._open_channel().unary_stream(STREAM.path, STREAM.serialize, STREAM.parse)
-            return method(request, timeout=seconds, metadata=pairs)
+            with self._closed_in_between():
+                return method(request, timeout=seconds, metadata=pairs)
 
         return Stream(open_call, lambda: self._settings.attempts(timeout), Closing(self._closing))
 
@@ -311,8 +317,18 @@ class Client:
 
     def _open_channel(self) -> grpc.Channel:
         if self._closing.began:
-            raise ClientClosedError("the client is closed; make a new one")
+            raise ClientClosedError(_CLOSED)
         return self._channel
+
+    @contextmanager
+    def _closed_in_between(self) -> Iterator[None]:
+        """gRPC raises ValueError for a call on a channel that another thread has closed by then."""
+        try:
+            yield
+        except ValueError:
+            if self._closing.began:
+                raise ClientClosedError(_CLOSED) from None
+            raise
 
     def _call(
         self, method: Method[RequestT, ResponseT], request: RequestT, timeout: Timeout, metadata: Metadata
@@ -322,7 +338,8 @@ class Client:
         while True:
             call = self._open_channel().unary_unary(method.path, method.serialize, method.parse)
             try:
-                return call(request, timeout=attempts.begin(), metadata=pairs)
+                with self._closed_in_between():
+                    return call(request, timeout=attempts.begin(), metadata=pairs)
             except grpc.RpcError as error:
                 self._closing.pause(attempts.pause_after(from_rpc_error(error)))
 

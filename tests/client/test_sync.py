@@ -6,10 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from d2o_client import Client, ClientClosedError, RequestCancelledError
+from d2o_client import Client, ClientClosedError, RequestCancelledError, _sync
+from d2o_client._channel import GENERATE, STREAM
 from tests.client.conftest import Retries
 from tests.client.scripted_service import HANG, LATER, PATIENCE, PAUSE, STARTED, ScriptedServer, chunk
 
@@ -88,6 +91,37 @@ def test_closing_the_client_ends_what_still_runs(server: ScriptedServer) -> None
     once(lambda: arrival(server), client.close)
     with pytest.raises(RequestCancelledError):
         client.generate("Hi")
+
+
+def as_it_is_sent(method: Any, then: Callable[[], None]) -> SimpleNamespace:
+    """The method, but another thread does ``then`` in the last moment before gRPC takes a call, all checks passed."""
+
+    def serialize(request: Any) -> bytes:
+        other = threading.Thread(target=then)
+        other.start()
+        other.join(PATIENCE)
+        return bytes(method.serialize(request))
+
+    return SimpleNamespace(path=method.path, serialize=serialize, parse=method.parse)
+
+
+def test_a_client_may_be_closed_while_a_call_is_sent(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = [Client(server.target), Client(server.target)]
+    monkeypatch.setattr(_sync, "GENERATE", as_it_is_sent(GENERATE, clients[0].close))
+    monkeypatch.setattr(_sync, "STREAM", as_it_is_sent(STREAM, clients[1].close))
+    with pytest.raises(ClientClosedError):
+        clients[0].generate("Hi")
+    with pytest.raises(ClientClosedError):
+        clients[1].stream("Hi").result()
+
+
+def test_a_stream_may_be_closed_while_its_call_is_sent(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.script("StreamGenerateText", HANG)
+    with Client(server.target) as client:
+        monkeypatch.setattr(_sync, "STREAM", as_it_is_sent(STREAM, lambda: stream.close()))
+        stream = client.stream("Hi")
+        with pytest.raises(RequestCancelledError):
+            stream.result()
 
 
 def test_a_closed_client_refuses_calls(server: ScriptedServer) -> None:
