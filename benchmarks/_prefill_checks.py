@@ -27,10 +27,13 @@ BACKENDS: tuple[Backend, ...] = ("cudnn", "flash")
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 TILINGS = {
-    "256x64 8 warps, 2 of 8 by polynomial": LONG,
+    "256x64 8 warps": LONG,
+    "256x64 8 warps, not by the copy engine": replace(LONG, described=False),
+    "256x64 8 warps, 2 of 8 by polynomial": replace(LONG, polynomial=2),
     "256x64 8 warps, none by polynomial": replace(LONG, polynomial=0),
+    "256x64 8 warps, 32 heads adjacent": replace(LONG, adjacent=32),
     "128x64 4 warps": MIDDLE,
-    "128x64 4 warps, 2 of 8 by polynomial": replace(MIDDLE, polynomial=2),
+    "128x64 4 warps, not by the copy engine": replace(MIDDLE, described=False),
     "64x64 4 warps": SHORT,
 }
 

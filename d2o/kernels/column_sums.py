@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from d2o.attention import ScoreTarget
 from d2o.kernels.column_sums_exp2 import exp2_assembly
 from d2o.kernels.column_sums_kernels import column_sums_kernel
-from d2o.kernels.launch import Launcher, Options, eighths
+from d2o.kernels.launch import Launcher, Options, eighths, fetches_tiles
 
 _LOG2E = math.log2(math.e)
 _SHORT, _LONG, _MANY = 1024, 8192, 1024
@@ -34,6 +35,7 @@ class Tiling:
         adjacent: so many heads' programs of the same keys follow one another (their greatest common divisor with the
             heads does); 1: all programs of a head do. The more, the better long and short programs even out.
         polynomial: of eight exponentials of a whole tile, how many are multiplied out; none in the interpreter.
+        described: the GPU fetches tiles of queries by itself, where it can (:meth:`_Chunk._lies_in_tiles`).
     """
 
     keys: int
@@ -43,6 +45,7 @@ class Tiling:
     registers: int | None = None
     adjacent: int = 1
     polynomial: int = 0
+    described: bool = True
 
     @classmethod
     def default(cls, dtype: torch.dtype, head_dim: int, tokens: int, queries: int) -> Tiling:
@@ -59,8 +62,8 @@ class Tiling:
         return LONG if tokens > _LONG else MIDDLE
 
 
-LONG = Tiling(keys=256, queries=64, warps=8, stages=2, registers=128, adjacent=32, polynomial=2)
-MIDDLE = Tiling(keys=128, queries=64, warps=4, stages=2, registers=168, adjacent=32)
+LONG = Tiling(keys=256, queries=64, warps=8, stages=2, registers=128, adjacent=8, polynomial=1)
+MIDDLE = Tiling(keys=128, queries=64, warps=4, stages=2, registers=168, adjacent=32, polynomial=1)
 SHORT = Tiling(keys=64, queries=64, warps=4, stages=2)
 
 
@@ -136,18 +139,28 @@ class _Chunk:
             return
         tiling = self.tiling or Tiling.default(self.q.dtype, self.q.shape[2], end, end - first)
         rows = self.q.shape[0] // heads
-        adjacent = math.gcd(rows, tiling.adjacent)
+        adjacent, sample = math.gcd(rows, tiling.adjacent), tiling.queries if stride == 1 else block
+        described = tiling.described and self._lies_in_tiles(tiling, sample)
+        numbers = (*eighths(self.q, self.k), self.lse.stride(0), out.stride(0), self.start, end, first, stride,
+                   -1 if extra is None else extra, 0, *factors(self.scale, self.softcap))  # fmt: skip
         launch(
             (adjacent, -(-end // tiling.keys), rows // adjacent),
-            (self.q, self.k, self.lse, out, self.lse, *eighths(self.q, self.k), self.lse.stride(0), out.stride(0),
-             self.start, end, first, stride, -1 if extra is None else extra, 0, *factors(self.scale, self.softcap)),
+            (self.q, self._tiles(tiling) if described else self.q, self.k, self.lse, out, self.lse, *numbers),
             constants(
-                self.q, self.k, tiling, packed=False, heads=heads, sample=tiling.queries if stride == 1 else block,
+                self.q, self.k, tiling, packed=False, heads=heads, sample=sample,
                 extra=0 if extra is None else -(-block // tiling.queries), softcap=self.softcap is not None,
-                window=self.window or 0,
+                window=self.window or 0, described=described,
             ),
             Options(tiling.warps, tiling.stages, tiling.registers),
         )  # fmt: skip
+
+    def _lies_in_tiles(self, tiling: Tiling, sample: int) -> bool:
+        """Whether the copy engine can fetch whole tiles: half precision, and all queries of one follow each other."""
+        head_dim, able = self.q.shape[2], not self.q.is_cuda or fetches_tiles(self.q.device)
+        return able and self.q.element_size() == 2 and not head_dim & (head_dim - 1) and not sample % tiling.queries
+
+    def _tiles(self, tiling: Tiling) -> TensorDescriptor:
+        return TensorDescriptor(self.q, list(self.q.shape), list(self.q.stride()), [1, tiling.queries, self.q.shape[2]])
 
 
 def constants(
@@ -161,6 +174,7 @@ def constants(
     extra: int,
     softcap: bool,
     window: int,
+    described: bool,
 ) -> tuple[object, ...]:
     """Of :func:`d2o.kernels.column_sums_kernels.column_sums_kernel`, in order. q and k: [heads, tokens, head_dim]."""
     head_dim = q.shape[2]
@@ -179,6 +193,7 @@ def constants(
         exp2_assembly(tiling.polynomial if q.is_cuda else 0),
         "ieee" if q.dtype == torch.float32 else "tf32",
         tiling.stages,
+        described,
     )
 
 

@@ -38,12 +38,25 @@ def _folded(p: tl.tensor, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr) -> tl.te
     return tl.sum(tl.reshape(p, [BLOCK_Q // 16, 2, 8, BLOCK_K]), 1)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _seen(key: tl.tensor, position: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
+    """[queries, keys]: 1 where a query sees a key, else 0; one at a negative position sees none.
+
+    As numbers: a tile of conditions would be kept in registers bit by bit.
+    """
+    behind = (position + 1).to(tl.float32)[:, None] - key.to(tl.float32)[None, :]
+    if WINDOW > 0:
+        behind = tl.minimum(behind, key.to(tl.float32)[None, :] - (position - WINDOW).to(tl.float32)[:, None])
+    return tl.minimum(tl.maximum(behind, 0.0), 1.0)
+
+
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=list(range(5, 19)),  # all numbers
+    do_not_specialize=list(range(6, 20)),  # all numbers
     do_not_specialize_on_alignment=["lse", "out", "table"],
 )
 def column_sums_kernel(
     q: tl.tensor,
+    described_q: tl.tensor,
     k: tl.tensor,
     lse: tl.tensor,
     out: tl.tensor,
@@ -76,11 +89,13 @@ def column_sums_kernel(
     EXP2: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ) -> None:
     """One program: BLOCK_K keys of HEADS query heads, from the diagonal to the end of the chunk.
 
     The grid is (rows side by side, blocks of keys, groups of such rows). ``EXP2``: PTX of whole tiles' exponentials
     (:func:`d2o.kernels.column_sums_exp2.exp2_assembly`), or "".
+    ``DESCRIBED``: whole tiles are loaded of ``described_q``, the queries [heads, tokens, D], by the copy engine.
     ``PACKED``: the program's line of ``table`` [lines, 8] int64 says which prompt it serves: where that begins, its
     length, first key, the address of its layer 0 of [layers, rows, length] float32, first query, stride, extra.
     """
@@ -128,7 +143,7 @@ def column_sums_kernel(
     for head in range(HEADS):
         q_rows = q + tl.cast(row * HEADS + head, tl.int64) * q_head8 * 8
         lse_row = lse + tl.cast(row * HEADS + head, tl.int64) * lse_head
-        for i in tl.range(0, partial + EXTRA, num_stages=1):
+        for i in tl.range(0, partial + EXTRA, num_stages=STAGES if DESCRIBED else 1):
             number = tl.where(i < before, begin + i * BLOCK_Q, whole_end + (i - before) * BLOCK_Q)
             position = number // SAMPLE * (SAMPLE * stride) + number % SAMPLE + inner
             weight = 1.0
@@ -138,21 +153,29 @@ def column_sums_kernel(
                 weight = tl.where(is_extra, 1.0 / stride, 1.0)
             counts = (position >= first) & (position < end)
             place = (position - start).to(tl.int64)
-            q_mask = counts[:, None] & (column < D)[None, :]
-            q_tile = tl.load(q_rows + place[:, None] * q_token + column, mask=q_mask, other=0.0)
+            if DESCRIBED:  # what lies outside of the chunk is zero, and does not count
+                begins = number // SAMPLE * (SAMPLE * stride) + number % SAMPLE
+                if EXTRA > 0:
+                    begins = tl.where(i >= partial, extra + (i - partial) * BLOCK_Q, begins)
+                q_tile = described_q.load([row * HEADS + head, begins - start, 0]).reshape(BLOCK_Q, D)
+            else:
+                q_mask = counts[:, None] & (column < D)[None, :]
+                q_tile = tl.load(q_rows + place[:, None] * q_token + column, mask=q_mask, other=0.0)
             row_lse = tl.load(lse_row + place, mask=counts, other=0.0)
             x = _exponents(q_tile, key_tile, row_lse, factor, cap, SOFTCAP, PRECISION)
-            seen = key[None, :] <= tl.where(counts, position, -1)[:, None]
-            if WINDOW > 0:
-                seen &= key[None, :] > (position - WINDOW)[:, None]
-            p = tl.exp2(tl.where(seen, x, float("-inf")))
+            p = tl.exp2(tl.minimum(x, 1.0)) * _seen(key, tl.where(counts, position, -1), WINDOW)
             sums += _folded(p if EXTRA == 0 else p * weight, BLOCK_Q, BLOCK_K)
         q_inner = inner[:, None] * q_token + column[None, :]
         for number in tl.range(whole, whole_end, BLOCK_Q, num_stages=STAGES):
             place = number // SAMPLE * (SAMPLE * stride) + number % SAMPLE - start
             q_at = q_rows + tl.cast(place, tl.int64) * q_token + q_inner
-            q_tile = tl.load(q_at) if D == BLOCK_D else tl.load(q_at, mask=(column < D)[None, :], other=0.0)
-            row_lse = tl.load(lse_row + place + inner)
+            if DESCRIBED:
+                q_tile = described_q.load([row * HEADS + head, place, 0]).reshape(BLOCK_Q, D)
+            elif D == BLOCK_D:
+                q_tile = tl.load(q_at)
+            else:
+                q_tile = tl.load(q_at, mask=(column < D)[None, :], other=0.0)
+            row_lse = tl.load(lse_row + place + (nth if DESCRIBED else inner))
             if EXP2 != "" and not SOFTCAP:
                 logits = tl.dot(q_tile, tl.trans(key_tile), input_precision=PRECISION)
                 p = exp2_by(EXP2, logits, factor, (row_lse * -1.4426950408889634)[:, None])

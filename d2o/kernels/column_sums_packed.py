@@ -115,10 +115,10 @@ def _launch(
 ) -> None:
     launch(
         (1, table.shape[0], q.shape[0] // heads),
-        (q, k, lse, lse, table, *eighths(q, k), lse.stride(0), 0,
+        (q, q, k, lse, lse, table, *eighths(q, k), lse.stride(0), 0,
          0, 0, 0, 1, 0, layer - packed.layer, *factors(scale, softcap)),
         constants(
-            q, k, tiling, packed=True, heads=heads, sample=packed.block, extra=extra_tiles,
+            q, k, tiling, packed=True, heads=heads, sample=packed.block, extra=extra_tiles, described=False,
             softcap=softcap is not None, window=window or 0,
         ),
         Options(tiling.warps, tiling.stages, tiling.registers),

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+
+
+@cache
+def fetches_tiles(device: torch.device) -> bool:
+    """Whether it is a GPU with an engine that copies tiles of tensors by itself: compute capability 9.0 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Options(NamedTuple):

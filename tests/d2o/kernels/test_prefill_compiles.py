@@ -19,12 +19,13 @@ TYPES |= dict.fromkeys("lse out score bias".split(), "*fp32") | {"factor": "fp32
 TYPES |= dict.fromkeys("position block_table rows slots positions".split(), "*i32")
 SUMS = {"PACKED": False, "HEADS": 1, "GROUP": 4, "D": 128, "BLOCK_D": 128, "BLOCK_K": 256, "BLOCK_Q": 64}
 SUMS |= {"SAMPLE": 64, "EXTRA": 0, "SOFTCAP": False, "WINDOW": 0, "PRECISION": "tf32"}
-SUMS |= {"EXP2": exp2_assembly(2), "STAGES": 2}
-SHORT = SUMS | {"PACKED": True, "BLOCK_K": 64, "EXP2": ""}
+SUMS |= {"EXP2": exp2_assembly(1), "STAGES": 2, "DESCRIBED": True}
+SHORT = SUMS | {"PACKED": True, "BLOCK_K": 64, "EXP2": "", "DESCRIBED": False}
 PAGES = {"PAGE": 32, "D": 96, "BLOCK_D": 128}
 WORK = [
     (column_sums_kernel, SUMS, 8, 128, 114),
     (column_sums_kernel, SUMS | {"EXTRA": 1}, 8, 128, 114),
+    (column_sums_kernel, SUMS | {"DESCRIBED": False}, 8, 128, 114),
     (column_sums_kernel, SHORT, 4, None, 76),
     (column_sums_kernel, SHORT | {"HEADS": 4, "EXTRA": 1, "SOFTCAP": True, "WINDOW": 9}, 4, None, 76),
     (store._store_kernel, PAGES | {"BLOCK_T": 32, "CLEAR": True}, 4, None, 57),
@@ -32,7 +33,8 @@ WORK = [
 ]
 for kernel, constants, warps, registers, kilobytes in WORK:
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in names}
+    tile = {"described_q": "tensordesc<bf16[1,64,128]>" if constants.get("DESCRIBED") else "*bf16"}
+    signature = {n: "constexpr" if n in constants else (TYPES | tile).get(n, "i32") for n in names}
     aligned = [i for i, n in enumerate(names) if TYPES.get(n) == "*bf16"]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     values = {(names.index(n),): value for n, value in constants.items()}
@@ -44,6 +46,7 @@ for kernel, constants, warps, registers, kilobytes in WORK:
     if "BLOCK_K" in constants:
         assert "wgmma" in made.asm["ptx"]
         assert "ex2.approx.ftz" in made.asm["ptx"]
+        assert ("cp.async.bulk.tensor" in made.asm["ptx"]) == constants["DESCRIBED"]
     else:
         assert "ld.global.v4" in made.asm["ptx"]
         assert "st.global.v4" in made.asm["ptx"]
