@@ -61,6 +61,12 @@ class Tiling:
             return SHORT
         return LONG if tokens > _LONG else MIDDLE
 
+    @classmethod
+    def defaults(cls, dtype: torch.dtype, head_dim: int, tokens: int) -> set[Tiling]:
+        """All that :meth:`default` chooses for prompts of up to so many tokens."""
+        lengths = (1, *(each + 1 for each in (_SHORT, _LONG) if each < tokens))
+        return {cls.default(dtype, head_dim, each, each) for each in lengths}
+
 
 LONG = Tiling(keys=256, queries=64, warps=8, stages=2, registers=128, adjacent=8, polynomial=1)
 MIDDLE = Tiling(keys=128, queries=64, warps=4, stages=2, registers=168, adjacent=32, polynomial=1)

@@ -183,16 +183,23 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) 
 def warm_plans(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, chunk: int, most: int
 ) -> None:
-    """Has cuDNN build its plans for chunks of ``chunk`` tokens that begin at its multiples and end by ``most``.
+    """Has cuDNN build its plans for prompts of up to ``most`` tokens that are read in chunks of ``chunk``.
 
-    Otherwise each is built when it is first met, which takes 50 ms. Nothing waits for the device. Needs room for
-    keys of ``most`` tokens. The plans hold for q, k and v as [tokens, heads, head_dim] memory, and at
-    position 0 also for values that are a slice of a joined projection of q, k and v.
+    Otherwise each is built when it is first met, which takes 50 ms and more: those of chunks that begin at multiples
+    of ``chunk``, and of shorter prompts, padded. Nothing waits for the device. Needs room for keys of ``most`` tokens.
+    The plans hold for q, k and v as [tokens, heads, head_dim] memory, and at position 0 also for values that are a
+    slice of a joined projection of q, k and v.
     """
     rule = AttentionRule(head_dim**-0.5)
-    if chunk > most or choose_backend(dtype, head_dim, rule, chunk, 0) != "cudnn":
+    longest = min(chunk, most)
+    if choose_backend(dtype, head_dim, rule, longest, 0) != "cudnn":
         return
-    q = torch.zeros(chunk, heads, head_dim, dtype=dtype, device=device).transpose(0, 1)
+    q = torch.zeros(longest, heads, head_dim, dtype=dtype, device=device).transpose(0, 1)
+    for side in sorted({plan_sizes(each, 0)[1] for each in range(_LONG_CHUNK + 1, longest)}):
+        part = slice(0, min(side - 1, longest))
+        prefill_attention(q[:, part], q[:kv_heads, part], q[:kv_heads, part], start=0, rule=rule)
+    if chunk > most:
+        return
     k = torch.zeros(most, kv_heads, head_dim, dtype=dtype, device=device).transpose(0, 1)
     for start in range(0, most - chunk + 1, chunk):
         prefill_attention(q, k, k, start=start, rule=rule)

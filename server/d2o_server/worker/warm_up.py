@@ -1,6 +1,8 @@
-"""A first request of our own: the next one finds everything in place, and a broken model is found now."""
+"""First requests of our own: the next one finds everything in place, and a broken model is found now."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.messages import Failed, Submit
@@ -14,24 +16,38 @@ PROMPT, OUTPUT = 4, 2
 _NONE = D2OConfig(policy=Policy.NONE)
 
 
-def warm_up(core: WorkerCore, *, prompt: int = PROMPT, output: int = OUTPUT, config: D2OConfig = _NONE) -> None:
-    """Runs a prompt of ``prompt`` tokens and ``output`` tokens after it.
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A request of ``prompt`` tokens that makes ``output`` more."""
+
+    prompt: int = PROMPT
+    output: int = OUTPUT
+    config: D2OConfig = _NONE
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.output
+
+
+def warm_up(core: WorkerCore, *trials: Trial) -> None:
+    """Runs these requests at once, by default the shortest.
 
     Raises:
         StartupError: the model could not.
     """
     vocabulary = core.runner.vocabulary_size
-    core.handle(
-        Submit(
-            id="warm-up",
-            prompt=tuple(index % vocabulary for index in range(prompt)),
-            sampling=SamplingParams(ignore_end_of_text=True),
-            seed=0,
-            config=config,
-            end_ids=(),
-            max_new_tokens=output,
+    for number, trial in enumerate(trials or (Trial(),)):
+        core.handle(
+            Submit(
+                id=f"warm-up {number}",
+                prompt=tuple(index % vocabulary for index in range(trial.prompt)),
+                sampling=SamplingParams(ignore_end_of_text=True),
+                seed=0,
+                config=trial.config,
+                end_ids=(),
+                max_new_tokens=trial.output,
+            )
         )
-    )
     failed: list[Failed] = []
     while core:
         failed += core.step().failed

@@ -122,6 +122,7 @@ def test_parts_merge_by_their_logsumexp(tokens: int, head_dim: int) -> None:
     [
         (torch.bfloat16, 128, 1024, 3500, [0, 1024, 2048, 0]),
         (torch.bfloat16, 128, 4096, 4000, []),
+        (torch.bfloat16, 128, 8192, 20000, [0, 8192, 0]),
         (torch.float32, 128, 1024, 3500, []),
         (torch.bfloat16, 256, 1024, 3500, []),
     ],
@@ -129,16 +130,26 @@ def test_parts_merge_by_their_logsumexp(tokens: int, head_dim: int) -> None:
 def test_plans_are_warmed_up_for_every_whole_chunk(
     dtype: torch.dtype, head_dim: int, chunk: int, most: int, starts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    met = []
+    whole, padded = [], set()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, start: int, rule: AttentionRule) -> None:
-        assert q.shape == (4, chunk, head_dim)
-        assert k.shape[1] >= start + chunk
-        met.append(start)
+        tokens, end = q.shape[1], start + q.shape[1]
+        assert choose_backend(dtype, head_dim, rule, tokens, start) == "cudnn"
+        assert q.shape == (4, tokens, head_dim)
+        assert k.shape[1] >= end
+        if tokens == chunk:
+            whole.append(start)
+        else:
+            assert not start
+            padded.add(plan_sizes(tokens, 0))
 
     monkeypatch.setattr(prefill, "prefill_attention", attend)
     prefill.warm_plans(torch.device("cpu"), dtype, 4, 2, head_dim, chunk, most)
-    assert met == starts
+    assert whole == starts
+    prompts = range(1, min(chunk, most)) if dtype == torch.bfloat16 else ()
+    by_cudnn = (each for each in prompts if choose_backend(dtype, head_dim, PLAIN, each, 0) == "cudnn")
+    # A prompt of just so many tokens is not padded, and may have its plan built.
+    assert padded == {plan_sizes(each, 0) for each in by_cudnn} - {(0, 1024)}
 
 
 def test_a_softcap_is_not_packed() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.types import SamplingParams
@@ -141,3 +143,49 @@ def test_a_prompt_that_memory_runs_out_on_fails_alone() -> None:
     again = GpuHarness(core)
     again.submit(long, NONE, name="long", new=NEW)
     assert len(again.run()["long"].tokens) == NEW
+
+
+@pytest.mark.parametrize("pages", [None, 20000])
+def test_no_kernel_is_compiled_in_mid_service(
+    pages: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    made: list[str] = []
+
+    def note(*, fn: Any, **_: Any) -> None:
+        made.append(fn.name.rpartition(".")[2])
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        vocab_size=1000,
+        max_position_embeddings=32768,
+    )
+    LlamaForCausalLM(config).save_pretrained(str(tmp_path))
+    settings = worker_settings(
+        model=str(tmp_path),
+        dtype="bfloat16",
+        device="cuda",
+        num_pages=pages,
+        gpu_memory_utilization=0.2,
+        max_sequences=12,
+        max_model_len=20000,
+    )
+    core = build_worker(settings, print).core
+    assert made
+    made.clear()
+    policies = list(POLICIES.values())
+    for lengths in ([1], [40], [1500], [9000], [18000], [60, 100], [30 + 90 * nth for nth in range(12)]):
+        for turn in range(len(policies)):
+            harness = GpuHarness(core)
+            for index, length in enumerate(lengths):
+                policy, sampling = policies[(turn + index) % len(policies)], SAMPLINGS[index % len(SAMPLINGS)]
+                (prompt,) = random_prompts((length,), seed=index)
+                harness.submit(prompt, policy, seed=index, new=70 + index, sampling=sampling)
+            harness.run()
+            assert not made, (lengths, turn)
