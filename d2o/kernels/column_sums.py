@@ -68,7 +68,7 @@ class Tiling:
         return {cls.default(dtype, head_dim, each, each) for each in lengths}
 
 
-LONG = Tiling(keys=256, queries=64, warps=8, stages=2, registers=128, adjacent=8, polynomial=1)
+LONG = Tiling(keys=256, queries=64, warps=8, stages=2, registers=128, adjacent=4, polynomial=1)
 MIDDLE = Tiling(keys=128, queries=64, warps=4, stages=2, registers=168, adjacent=32, polynomial=1)
 SHORT = Tiling(keys=64, queries=64, warps=4, stages=2)
 

@@ -38,18 +38,6 @@ def _folded(p: tl.tensor, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr) -> tl.te
     return tl.sum(tl.reshape(p, [BLOCK_Q // 16, 2, 8, BLOCK_K]), 1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _seen(key: tl.tensor, position: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
-    """[queries, keys]: 1 where a query sees a key, else 0; one at a negative position sees none.
-
-    As numbers: a tile of conditions would be kept in registers bit by bit.
-    """
-    behind = (position + 1).to(tl.float32)[:, None] - key.to(tl.float32)[None, :]
-    if WINDOW > 0:
-        behind = tl.minimum(behind, key.to(tl.float32)[None, :] - (position - WINDOW).to(tl.float32)[:, None])
-    return tl.minimum(tl.maximum(behind, 0.0), 1.0)
-
-
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=list(range(6, 20)),  # all numbers
     do_not_specialize_on_alignment=["lse", "out", "table"],
@@ -143,7 +131,7 @@ def column_sums_kernel(
     for head in range(HEADS):
         q_rows = q + tl.cast(row * HEADS + head, tl.int64) * q_head8 * 8
         lse_row = lse + tl.cast(row * HEADS + head, tl.int64) * lse_head
-        for i in tl.range(0, partial + EXTRA, num_stages=STAGES if DESCRIBED else 1):
+        for i in tl.range(0, partial + EXTRA, num_stages=1):
             number = tl.where(i < before, begin + i * BLOCK_Q, whole_end + (i - before) * BLOCK_Q)
             position = number // SAMPLE * (SAMPLE * stride) + number % SAMPLE + inner
             weight = 1.0
@@ -153,17 +141,14 @@ def column_sums_kernel(
                 weight = tl.where(is_extra, 1.0 / stride, 1.0)
             counts = (position >= first) & (position < end)
             place = (position - start).to(tl.int64)
-            if DESCRIBED:  # what lies outside of the chunk is zero, and does not count
-                begins = number // SAMPLE * (SAMPLE * stride) + number % SAMPLE
-                if EXTRA > 0:
-                    begins = tl.where(i >= partial, extra + (i - partial) * BLOCK_Q, begins)
-                q_tile = described_q.load([row * HEADS + head, begins - start, 0]).reshape(BLOCK_Q, D)
-            else:
-                q_mask = counts[:, None] & (column < D)[None, :]
-                q_tile = tl.load(q_rows + place[:, None] * q_token + column, mask=q_mask, other=0.0)
+            q_mask = counts[:, None] & (column < D)[None, :]
+            q_tile = tl.load(q_rows + place[:, None] * q_token + column, mask=q_mask, other=0.0)
             row_lse = tl.load(lse_row + place, mask=counts, other=0.0)
             x = _exponents(q_tile, key_tile, row_lse, factor, cap, SOFTCAP, PRECISION)
-            p = tl.exp2(tl.minimum(x, 1.0)) * _seen(key, tl.where(counts, position, -1), WINDOW)
+            seen = key[None, :] <= tl.where(counts, position, -1)[:, None]
+            if WINDOW > 0:
+                seen &= key[None, :] > (position - WINDOW)[:, None]
+            p = tl.exp2(tl.where(seen, x, float("-inf")))
             sums += _folded(p if EXTRA == 0 else p * weight, BLOCK_Q, BLOCK_K)
         q_inner = inner[:, None] * q_token + column[None, :]
         for number in tl.range(whole, whole_end, BLOCK_Q, num_stages=STAGES):

@@ -15,6 +15,7 @@ from d2o.kernels import column_sums, column_sums_packed
 from d2o.kernels.warm import warm_column_sums
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, KV_HEADS = 4, 2
 
 
@@ -68,4 +69,4 @@ def test_no_prompt_needs_another_kernel(
 
 
 def test_it_runs() -> None:
-    warm_column_sums(CPU, torch.float16, HEADS, KV_HEADS, 64, 1024)
+    warm_column_sums(DEVICE, torch.float16, HEADS, KV_HEADS, 64, 1024)

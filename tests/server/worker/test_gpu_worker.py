@@ -145,10 +145,8 @@ def test_a_prompt_that_memory_runs_out_on_fails_alone() -> None:
     assert len(again.run()["long"].tokens) == NEW
 
 
-@pytest.mark.parametrize("pages", [None, 20000])
-def test_no_kernel_is_compiled_in_mid_service(
-    pages: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_kernel_is_compiled_in_mid_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a worker that is told its pages, and so reads no large prompt at its start."""
     triton = pytest.importorskip("triton")
     made: list[str] = []
 
@@ -171,14 +169,14 @@ def test_no_kernel_is_compiled_in_mid_service(
         model=str(tmp_path),
         dtype="bfloat16",
         device="cuda",
-        num_pages=pages,
-        gpu_memory_utilization=0.2,
+        num_pages=20000,
         max_sequences=12,
         max_model_len=20000,
     )
     core = build_worker(settings, print).core
     assert made
     made.clear()
+    late: dict[tuple[str, int], list[str]] = {}
     policies = list(POLICIES.values())
     for lengths in ([1], [40], [1500], [9000], [18000], [60, 100], [30 + 90 * nth for nth in range(12)]):
         for turn in range(len(policies)):
@@ -188,4 +186,7 @@ def test_no_kernel_is_compiled_in_mid_service(
                 (prompt,) = random_prompts((length,), seed=index)
                 harness.submit(prompt, policy, seed=index, new=70 + index, sampling=sampling)
             harness.run()
-            assert not made, (lengths, turn)
+            if made:
+                late[str(lengths), turn] = [*made]
+                made.clear()
+    assert not late

@@ -69,7 +69,7 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
     warm_column_sums(plan.device, plan.dtype, *heads, plan.max_model_len)
     _warm_up_plans(core, settings.max_sequences)
     warm_up(core)
-    for trials in _compressed(core.shape.page_size):
+    for trials in _trials(core.shape.page_size, chunk):
         if all(_fits(core, trial) for trial in trials):
             warm_up(core, *trials)
     return core
@@ -78,16 +78,16 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
 def _warm_up_plans(core: WorkerCore, most: int) -> None:
     """Has the kernel compiled that shares out the slots of steps without a graph, of each size that it comes in."""
     pool = core.runner.caches.pool
-    for size in (1 << power for power in range(1, most.bit_length() + 1)):
+    for size in (1 << power for power in range(most.bit_length() + 1)):
         lengths = torch.ones(pool.layers, size, dtype=torch.int32, device=pool.device)
         plan_decode(lengths, DecodeGrid.of(size, pool.kv_heads, pool.device))
 
 
-def _compressed(page: int) -> Iterator[tuple[Trial, ...]]:
-    """Requests that are compressed as any other may be, together or in turn: few tokens of each policy.
+def _trials(page: int, chunk: int) -> Iterator[tuple[Trial, ...]]:
+    """Requests by which all kernels are compiled that others may need, some of them together.
 
-    All of them reach their budget and fill a page more, so that slots are evicted in decode, too, by programs for few
-    tokens, for a page's and for more.
+    Of each policy one reaches its budget and fills a page more, so that slots are evicted in decode, too, by programs
+    for few tokens, for a page's and for more. Then come a prompt that is attended for by itself, and one in two chunks.
     """
     budget = 2 * page
     configs = [D2OConfig(budget_tokens=budget, evict_interval=each) for each in (1, page, 2 * page)]
@@ -95,7 +95,8 @@ def _compressed(page: int) -> Iterator[tuple[Trial, ...]]:
     configs += [D2OConfig.of(each, budget_tokens=budget) for each in (Policy.H2O, Policy.SNAPKV, Policy.STREAMING)]
     output = 2 * page + _TRIAL_OUTPUT
     yield tuple(Trial(3 * page + number, output, config) for number, config in enumerate(configs))
-    yield (Trial(_MIDDLE, _TRIAL_OUTPUT, D2OConfig(budget_tokens=budget)),)
+    for prompt in (_MIDDLE, chunk + 1):
+        yield (Trial(prompt, _TRIAL_OUTPUT, D2OConfig(budget_tokens=budget)),)
 
 
 def _fits(core: WorkerCore, trial: Trial) -> bool:
