@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from d2o.config import D2OConfig, Policy
-from d2o.kernels.decode import DecodeGrid, plan_decode
+from d2o.config import D2OConfig
 from d2o.kernels.prefill import warm_plans
-from d2o.kernels.warm import warm_column_sums
 from d2o_server.engine.memory import CacheShape
 from d2o_server.engine.scheduler import Scheduler
 from d2o_server.errors import SettingsError
@@ -24,6 +22,7 @@ from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.model import Forward, forward_of, join_projections
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.runner import KernelRunner
+from d2o_server.worker.gpu.trials import run_trials
 from d2o_server.worker.pool_plan import PoolPlan
 from d2o_server.worker.warm_up import Trial, warm_up
 
@@ -32,8 +31,6 @@ _GRAPH_BYTES = 3 << 30
 _PROMPTS_AT_ONCE = 2
 _TRIAL_RATIO = 0.25
 _TRIAL_OUTPUT = 4
-# Tokens of a prompt that is attended for and scored by itself.
-_MIDDLE = 1500
 # What the host computes is small, and torch wakes all of its threads for some of it (repeat_interleave): where other
 # processes keep the cores busy, waiting for the last of them takes longer than a step.
 _THREADS = 1
@@ -66,44 +63,8 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
         seconds = {each: plan.ranks.mean(product_seconds(model, sizes, layers, each)) for each in LIBRARIES}
         core.runner.capture(worth_capturing(sizes, seconds), progress)
     progress("warming up")
-    warm_column_sums(plan.device, plan.dtype, *heads, plan.max_model_len)
-    _warm_up_plans(core, settings.max_sequences)
-    warm_up(core)
-    for trials in _trials(core.shape.page_size, chunk):
-        if all(_fits(core, trial) for trial in trials):
-            warm_up(core, *trials)
+    run_trials(core, chunk)
     return core
-
-
-def _warm_up_plans(core: WorkerCore, most: int) -> None:
-    """Has the kernel compiled that shares out the slots of steps without a graph, of each size that it comes in."""
-    pool = core.runner.caches.pool
-    for size in (1 << power for power in range(most.bit_length() + 1)):
-        lengths = torch.ones(pool.layers, size, dtype=torch.int32, device=pool.device)
-        plan_decode(lengths, DecodeGrid.of(size, pool.kv_heads, pool.device))
-
-
-def _trials(page: int, chunk: int) -> Iterator[tuple[Trial, ...]]:
-    """Requests by which all kernels are compiled that others may need, some of them together.
-
-    Of each policy one reaches its budget and fills a page more, so that slots are evicted in decode, too, by programs
-    for few tokens, for a page's and for more. Then come a prompt that is attended for by itself, and one in two chunks.
-    """
-    budget = 2 * page
-    configs = [D2OConfig(budget_tokens=budget, evict_interval=each) for each in (1, page, 2 * page)]
-    configs += [D2OConfig.paper(budget_tokens=budget), D2OConfig.authors(budget_tokens=budget)]
-    configs += [D2OConfig.of(each, budget_tokens=budget) for each in (Policy.H2O, Policy.SNAPKV, Policy.STREAMING)]
-    output = 2 * page + _TRIAL_OUTPUT
-    yield tuple(Trial(3 * page + number, output, config) for number, config in enumerate(configs))
-    for prompt in (_MIDDLE, chunk + 1):
-        yield (Trial(prompt, _TRIAL_OUTPUT, D2OConfig(budget_tokens=budget)),)
-
-
-def _fits(core: WorkerCore, trial: Trial) -> bool:
-    """Whether the pool and a row of its table have room for the request's full cache."""
-    pages = core.shape.pages(trial.tokens)
-    room = core.pool_state().total // len(core.shape.windows)
-    return pages <= min(room, core.runner.caches.pool.block_table.shape[2])
 
 
 def assemble(plan: PoolPlan, forward: Forward, operator: AttentionOperator, pages: int) -> WorkerCore:

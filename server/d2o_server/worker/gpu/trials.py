@@ -1,0 +1,62 @@
+"""Has all kernels compiled before the first request: in mid-service every stream would wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from d2o.config import D2OConfig, LayerBudgets, Policy
+from d2o.kernels.decode import DecodeGrid, plan_decode
+from d2o.kernels.pairs import FEW
+from d2o.kernels.warm import warm_column_sums
+from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.warm_up import Trial, warm_up
+
+# Slots that a prompt loses: a few, up to each power of two that kernels for few come in, and many.
+_LOST = (10, 28, FEW - 4, 3 * FEW + 8)
+_OUTPUT = 4
+
+
+def run_trials(core: WorkerCore, chunk: int) -> None:
+    """Runs requests of all policies, and kernels by themselves where those would take long prompts.
+
+    Args:
+        core: an idle worker; it is idle again afterwards.
+        chunk: most tokens of a prompt that are read at once.
+
+    Raises:
+        StartupError: the model failed at one.
+    """
+    pool = core.runner.caches.pool
+    longest = pool.block_table.shape[2] * pool.page_size
+    warm_column_sums(
+        pool.device, pool.k.dtype, core.runner.caches.query_heads, pool.kv_heads, pool.head_dim, tokens=longest
+    )
+    # Steps without a graph, of each size that their plan comes in.
+    for size in (1 << power for power in range(pool.block_table.shape[1].bit_length())):
+        lengths = torch.ones(pool.layers, size, dtype=torch.int32, device=pool.device)
+        plan_decode(lengths, DecodeGrid.of(size, pool.kv_heads, pool.device))
+    warm_up(core)
+    for trials in _trials(pool.page_size, chunk):
+        if all(_fits(core, trial) for trial in trials):
+            warm_up(core, *trials)
+
+
+def _trials(page: int, chunk: int) -> Iterator[tuple[Trial, ...]]:
+    """Requests to run together. Each of the first reaches its budget, and in decode once more."""
+    budget, output = 2 * page, 2 * page + _OUTPUT
+    for make in (D2OConfig, D2OConfig.paper, D2OConfig.authors):
+        config = make(budget_tokens=budget, layer_budgets=LayerBudgets.UNIFORM)
+        yield tuple(Trial(budget + lost, output, config) for lost in _LOST)
+    for policy in (Policy.H2O, Policy.SNAPKV, Policy.STREAMING):
+        yield (Trial(budget + page, output, D2OConfig.of(policy, budget_tokens=budget)),)
+    # A prompt in two chunks: the second looks back at pages.
+    yield (Trial(chunk + 1, _OUTPUT),)
+
+
+def _fits(core: WorkerCore, trial: Trial) -> bool:
+    """Whether the pool and a row of its table have room for the request's full cache."""
+    pages = core.shape.pages(trial.tokens)
+    room = core.pool_state().total // len(core.shape.windows)
+    return pages <= min(room, core.runner.caches.pool.block_table.shape[2])

@@ -1,0 +1,82 @@
+"""What the trials before the first request have compiled is all that requests need: no stream waits for a compiler."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.interpreter import InterpretedFunction
+
+from d2o.config import D2OConfig, LayerBudgets, Policy, ScoreQueries
+from d2o_server.worker.gpu.trials import run_trials
+from tests.server.worker.conftest import NONE, random_prompts
+from tests.server.worker.test_kernel_runner import KernelHarness
+
+CHUNK = 64
+POLICIES = {
+    "none": NONE,
+    "default": D2OConfig(min_budget=1, ratio=0.3),
+    "small": D2OConfig(budget_tokens=20, min_budget=1),
+    "late": D2OConfig(budget_tokens=90),
+    "seldom": D2OConfig(budget_tokens=40, evict_interval=50),
+    "even": D2OConfig(budget_tokens=40, layer_budgets=LayerBudgets.UNIFORM),
+    "sampled": D2OConfig(budget_tokens=40, score_queries=ScoreQueries.parse("stride:2")),
+    "paper": D2OConfig.paper(min_budget=1, ratio=0.3),
+    "authors": D2OConfig.authors(min_budget=1, ratio=0.3),
+    "h2o": D2OConfig.of(Policy.H2O, min_budget=20, ratio=0.2),
+    "snapkv": D2OConfig.of(Policy.SNAPKV, min_budget=40, ratio=0.2),
+    "streaming": D2OConfig.of(Policy.STREAMING, min_budget=20, ratio=0.2),
+}
+
+Kernels = set[tuple[object, ...]]
+
+
+@pytest.fixture
+def harness() -> KernelHarness:
+    return KernelHarness(chunk=CHUNK)
+
+
+@pytest.fixture
+def launched(harness: KernelHarness, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """The kernels launched so far, by name and constants. None runs: what they would have computed is zeros."""
+    found: Kernels = set()
+
+    def run(self: Any, *arguments: Any, grid: object, warmup: bool = False, **named: Any) -> None:
+        signature = inspect.signature(self.fn)
+        known = {name: value for name, value in named.items() if name in signature.parameters}
+        constants = signature.bind(*arguments, **known).arguments
+        for name in ("num_warps", "num_stages", "maxnreg"):
+            constants[name.upper()] = named.get(name)
+        shape = sorted((name, str(value)) for name, value in constants.items() if name.isupper())
+        found.add((self.fn.__name__, *shape))
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_worker asks the compiler itself")
+def test_no_request_needs_a_kernel_that_the_trials_did_not(harness: KernelHarness, launched: Kernels) -> None:
+    run_trials(harness.core, CHUNK)
+    assert harness.holds_nothing()
+    compiled = set(launched)
+    launched.clear()
+    for name, config in POLICIES.items():
+        for index, length in enumerate((1, 40, 65, 150, 400)):
+            (prompt,) = random_prompts((length,), seed=index)
+            harness.submit(prompt, config, seed=index, new=45)
+        harness.run()
+        assert not launched - compiled, name
+    for index, config in enumerate(POLICIES.values()):
+        (prompt,) = random_prompts((5 + 3 * index,), seed=index)
+        harness.submit(prompt, config, seed=index, new=45)
+    harness.run()
+    assert not launched - compiled
+    assert all(answer.failure is None for answer in harness.answers.values())
