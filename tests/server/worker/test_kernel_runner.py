@@ -54,10 +54,10 @@ def kernel_core(model: nn.Module, *, pages: int = 400, chunk: int = 64, sequence
 class KernelHarness(Harness):
     """A harness over the GPU's worker."""
 
-    def __init__(self, name: str = "tiny-llama", *, chunk: int = 64) -> None:
+    def __init__(self, name: str = "tiny-llama", *, chunk: int = 64, sequences: int = 8) -> None:
         self.model = load(name, "d2o")
         join_projections(self.model)
-        self.core = kernel_core(self.model, chunk=chunk)
+        self.core = kernel_core(self.model, chunk=chunk, sequences=sequences)
         self.pool = self.core.runner.caches.pool
         self.answers: dict[str, Answer] = {}
 

@@ -17,7 +17,8 @@ from d2o_server.worker.gpu.trials import run_trials
 from tests.server.worker.conftest import NONE, random_prompts
 from tests.server.worker.test_kernel_runner import KernelHarness
 
-CHUNK = 64
+# More than a trial's prompt has, and than there are trials.
+CHUNK, SEQUENCES = 256, 40
 POLICIES = {
     "none": NONE,
     "default": D2OConfig(min_budget=1, ratio=0.3),
@@ -38,7 +39,7 @@ Kernels = set[tuple[object, ...]]
 
 @pytest.fixture
 def harness() -> KernelHarness:
-    return KernelHarness(chunk=CHUNK)
+    return KernelHarness(chunk=CHUNK, sequences=SEQUENCES)
 
 
 @pytest.fixture
@@ -74,9 +75,10 @@ def test_no_request_needs_a_kernel_that_the_trials_did_not(harness: KernelHarnes
             harness.submit(prompt, config, seed=index, new=45)
         harness.run()
         assert not launched - compiled, name
-    for index, config in enumerate(POLICIES.values()):
-        (prompt,) = random_prompts((5 + 3 * index,), seed=index)
-        harness.submit(prompt, config, seed=index, new=45)
+    configs = list(POLICIES.values())
+    for index in range(SEQUENCES):
+        (prompt,) = random_prompts((1 + index % 7,), seed=index)
+        harness.submit(prompt, configs[index % len(configs)], seed=index, new=5)
     harness.run()
     assert not launched - compiled
     assert all(answer.failure is None for answer in harness.answers.values())

@@ -33,26 +33,30 @@ def run_trials(core: WorkerCore, chunk: int) -> None:
     warm_column_sums(
         pool.device, pool.k.dtype, core.runner.caches.query_heads, pool.kv_heads, pool.head_dim, tokens=longest
     )
-    # Steps without a graph, of each size that their plan comes in.
-    for size in (1 << power for power in range(pool.block_table.shape[1].bit_length())):
+    # Steps without a graph, of each size that their plan comes in; one row of the pool is padding.
+    most = max(2, pool.block_table.shape[1] - 1)
+    for size in (1 << power for power in range((most - 1).bit_length() + 1)):
         lengths = torch.ones(pool.layers, size, dtype=torch.int32, device=pool.device)
         plan_decode(lengths, DecodeGrid.of(size, pool.kv_heads, pool.device))
     warm_up(core)
     for trials in _trials(pool.page_size, chunk):
-        if all(_fits(core, trial) for trial in trials):
-            warm_up(core, *trials)
+        fitting = [trial for trial in trials if _fits(core, trial)]
+        if fitting:
+            warm_up(core, *fitting)
 
 
-def _trials(page: int, chunk: int) -> Iterator[tuple[Trial, ...]]:
-    """Requests to run together. Each of the first reaches its budget, and in decode once more."""
-    budget, output = 2 * page, 2 * page + _OUTPUT
+def _trials(page: int, chunk: int) -> Iterator[list[Trial]]:
+    """Requests to run together. All of the first are compressed at their prompt's end, and in decode once more."""
+    budget, output = 2 * page, page + _OUTPUT
+    trials = []
     for make in (D2OConfig, D2OConfig.paper, D2OConfig.authors):
         config = make(budget_tokens=budget, layer_budgets=LayerBudgets.UNIFORM)
-        yield tuple(Trial(budget + lost, output, config) for lost in _LOST)
+        trials += [Trial(budget + lost, output, config) for lost in _LOST]
     for policy in (Policy.H2O, Policy.SNAPKV, Policy.STREAMING):
-        yield (Trial(budget + page, output, D2OConfig.of(policy, budget_tokens=budget)),)
+        trials.append(Trial(budget + page, output, D2OConfig.of(policy, budget_tokens=budget)))
+    yield trials
     # A prompt in two chunks: the second looks back at pages.
-    yield (Trial(chunk + 1, _OUTPUT),)
+    yield [Trial(chunk + 1, _OUTPUT)]
 
 
 def _fits(core: WorkerCore, trial: Trial) -> bool:
