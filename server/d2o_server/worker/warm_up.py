@@ -29,6 +29,11 @@ class Trial:
         return self.prompt + self.output
 
 
+def trial_id(number: int) -> str:
+    """What the trial that was submitted as so many-th is called, from 0."""
+    return f"warm-up {number}"
+
+
 def warm_up(core: WorkerCore, *trials: Trial) -> None:
     """Runs these requests at once, by default the shortest.
 
@@ -39,7 +44,7 @@ def warm_up(core: WorkerCore, *trials: Trial) -> None:
     for number, trial in enumerate(trials or (Trial(),)):
         core.handle(
             Submit(
-                id=f"warm-up {number}",
+                id=trial_id(number),
                 prompt=tuple(index % vocabulary for index in range(trial.prompt)),
                 sampling=SamplingParams(ignore_end_of_text=True),
                 seed=0,

@@ -24,8 +24,7 @@ SHORT = SUMS | {"PACKED": True, "BLOCK_K": 64, "EXP2": "", "DESCRIBED": False}
 PAGES = {"PAGE": 32, "D": 96, "BLOCK_D": 128}
 WORK = [
     (column_sums_kernel, SUMS, 8, 128, 114),
-    (column_sums_kernel, SUMS | {"EXTRA": 1}, 8, 128, 114),
-    (column_sums_kernel, SUMS | {"DESCRIBED": False}, 8, 128, 114),
+    (column_sums_kernel, SUMS | {"EXTRA": 1, "DESCRIBED": False}, 8, 128, 114),
     (column_sums_kernel, SHORT, 4, None, 76),
     (column_sums_kernel, SHORT | {"HEADS": 4, "EXTRA": 1, "SOFTCAP": True, "WINDOW": 9}, 4, None, 76),
     (store._store_kernel, PAGES | {"BLOCK_T": 32, "CLEAR": True}, 4, None, 57),

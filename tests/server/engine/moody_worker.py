@@ -9,6 +9,7 @@ from pathlib import Path
 from d2o_server.engine.messages import StepReport
 from d2o_server.worker import process
 from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.warm_up import trial_id
 
 MOOD = "D2O_TEST_MOOD"
 _step = WorkerCore.step
@@ -21,7 +22,7 @@ def mood() -> str:
 
 def step(core: WorkerCore) -> StepReport:
     # Not in the warm-up, for which no front waits.
-    if core.scheduler.find("warm-up") is None:
+    if core.scheduler.find(trial_id(0)) is None:
         if mood() == "die":
             # As a kernel that crashes does, later than the socket's thread has sent what was said before the step.
             time.sleep(0.2)
