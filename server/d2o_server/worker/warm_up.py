@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from d2o.config import D2OConfig, Policy
@@ -34,14 +35,20 @@ def trial_id(number: int) -> str:
     return f"warm-up {number}"
 
 
-def warm_up(core: WorkerCore, *trials: Trial) -> None:
-    """Runs these requests at once, by default the shortest.
+def warm_up(core: WorkerCore, trial: Trial = Trial()) -> None:
+    """Runs a first request.
 
     Raises:
         StartupError: the model could not.
     """
+    for failure in try_together(core, [trial]):
+        raise StartupError(f"the model failed its first forward pass: {failure.message}")
+
+
+def try_together(core: WorkerCore, trials: Sequence[Trial]) -> list[Failed]:
+    """Runs these requests at once, to their end; returns those that failed."""
     vocabulary = core.runner.vocabulary_size
-    for number, trial in enumerate(trials or (Trial(),)):
+    for number, trial in enumerate(trials):
         core.handle(
             Submit(
                 id=trial_id(number),
@@ -56,5 +63,4 @@ def warm_up(core: WorkerCore, *trials: Trial) -> None:
     failed: list[Failed] = []
     while core:
         failed += core.step().failed
-    if failed:
-        raise StartupError(f"the model failed its first forward pass: {failed[0].message}")
+    return failed

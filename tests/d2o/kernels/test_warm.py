@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from d2o.attention import ScoreTarget
 from d2o.kernels import column_sums, column_sums_packed
 from d2o.kernels.warm import warm_column_sums
@@ -66,6 +68,8 @@ def test_no_prompt_needs_another_kernel(
             column_sums_packed.add_column_sums_packed(q[:, part], k, lse[:, part], packed, layer=0, scale=0.1)
     # Nor does it have any compiled that no prompt needs.
     assert launched == warmed
+    # Tiles of half precision whose width is a power of two come by the copy engine.
+    assert any(kind is TensorDescriptor for _, kind, *_ in launched) == (dtype != torch.float32 and head_dim != 96)
 
 
 def test_it_runs() -> None:

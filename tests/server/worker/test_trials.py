@@ -13,8 +13,10 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpretedFunction
 
 from d2o.config import D2OConfig, LayerBudgets, Policy, ScoreQueries
+from d2o_server.errors import StartupError
 from d2o_server.worker.gpu.trials import run_trials
 from tests.server.worker.conftest import NONE, random_prompts
+from tests.server.worker.test_failures import failing_forward, memory_once
 from tests.server.worker.test_kernel_runner import KernelHarness
 
 # More than a trial's prompt has, and than there are trials.
@@ -82,3 +84,24 @@ def test_no_request_needs_a_kernel_that_the_trials_did_not(harness: KernelHarnes
     harness.run()
     assert not launched - compiled
     assert all(answer.failure is None for answer in harness.answers.values())
+
+
+@pytest.mark.usefixtures("launched")
+def test_trials_that_memory_runs_out_on_do_not_keep_a_server_from_starting(harness: KernelHarness) -> None:
+    # The shortest request takes two passes.
+    with failing_forward(harness, lambda n: torch.OutOfMemoryError("device full") if n > 2 else None) as failed:
+        run_trials(harness.core, CHUNK)
+    assert failed
+    assert harness.holds_nothing()
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_server_whose_model_fails_does_not_start(harness: KernelHarness) -> None:
+    with failing_forward(harness, memory_once(1)), pytest.raises(StartupError, match="first forward pass: the device"):
+        run_trials(harness.core, CHUNK)
+    broken = RuntimeError("no such kernel")
+    with (
+        failing_forward(harness, lambda n: broken if n == 3 else None),
+        pytest.raises(StartupError, match="failed a request before the first: "),
+    ):
+        run_trials(harness.core, CHUNK)

@@ -10,8 +10,9 @@ from d2o.config import D2OConfig, LayerBudgets, Policy
 from d2o.kernels.decode import DecodeGrid, plan_decode
 from d2o.kernels.pairs import FEW
 from d2o.kernels.warm import warm_column_sums
+from d2o_server.errors import OutOfDeviceMemory, StartupError
 from d2o_server.worker.core import WorkerCore
-from d2o_server.worker.warm_up import Trial, warm_up
+from d2o_server.worker.warm_up import Trial, try_together, warm_up
 
 # Slots that a prompt loses: a few, up to each power of two that kernels for few come in, and many.
 _LOST = (10, 28, FEW - 4, 3 * FEW + 8)
@@ -21,12 +22,14 @@ _OUTPUT = 4
 def run_trials(core: WorkerCore, chunk: int) -> None:
     """Runs requests of all policies, and kernels by themselves where those would take long prompts.
 
+    One that memory runs out on is left at that: so would a request be, and shorter ones may still do.
+
     Args:
         core: an idle worker; it is idle again afterwards.
         chunk: most tokens of a prompt that are read at once.
 
     Raises:
-        StartupError: the model failed at one.
+        StartupError: the shortest failed, or another by anything but memory.
     """
     pool = core.runner.caches.pool
     longest = pool.block_table.shape[2] * pool.page_size
@@ -40,9 +43,9 @@ def run_trials(core: WorkerCore, chunk: int) -> None:
         plan_decode(lengths, DecodeGrid.of(size, pool.kv_heads, pool.device))
     warm_up(core)
     for trials in _trials(pool.page_size, chunk):
-        fitting = [trial for trial in trials if _fits(core, trial)]
-        if fitting:
-            warm_up(core, *fitting)
+        for failure in try_together(core, [trial for trial in trials if _fits(core, trial)]):
+            if failure.error != OutOfDeviceMemory.__name__:
+                raise StartupError(f"the model failed a request before the first: {failure.message}")
 
 
 def _trials(page: int, chunk: int) -> Iterator[list[Trial]]:
