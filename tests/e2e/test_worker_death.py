@@ -40,15 +40,15 @@ async def test_a_killed_worker_is_replaced_and_its_streams_go_on(launch_server: 
         running = await stream_that_runs(client)
         queued = asyncio.ensure_future(client.generate("y" * 3500, max_new_tokens=100))
         await asyncio.sleep(0.05)
-        server.worker().kill()
+        # The one that replaces it dies as well, before it has connected: this waits for it meanwhile.
+        killing = asyncio.create_task(asyncio.to_thread(kill_with_its_successor, server))
         await health_when(client, HealthStatus.NOT_SERVING, 1)
         with pytest.raises(
             UnavailableError, match=r"^no worker is serving at the moment; it is being restarted$"
         ) as refused:
             await client.generate("x")
         assert refused.value.retry_after == 1
-        # One that dies again, before it has connected, is replaced as well.
-        await kill_the_next_worker(server)
+        await killing
         await health_when(client, HealthStatus.SERVING)
         answer = await running.result()
         assert (answer.token_ids, answer.text, answer.usage.resumed) == (alone.token_ids, alone.text, 1)
@@ -86,10 +86,14 @@ async def test_a_server_without_workers_ends_and_says_why(launch_server: Launch)
     assert last.startswith("d2o-serve: worker 0 is given up after 1 deaths in a row; the last: its process ended with")
 
 
-async def kill_the_next_worker(server: ServerProcess) -> None:
-    async with asyncio.timeout(5):
-        while not (started := workers_of(server.process.pid)):
-            await asyncio.sleep(0.01)
+def kill_with_its_successor(server: ServerProcess) -> None:
+    """Kills the worker, and the one that is started for it within 10 ms of its start, long before it serves."""
+    worker = server.worker()
+    worker.kill()
+    deadline = time.monotonic() + PATIENCE
+    while not (started := [each for each in workers_of(server.process.pid) if each != worker]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     started[0].kill()
 
 
