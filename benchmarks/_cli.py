@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks._machine import Machine
+from d2o_server.control_groups import usable_cores
 from d2o_server.settings import DEFAULT_MODEL
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -22,7 +22,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--model", default=DEFAULT_MODEL, help="as d2o-serve takes it")
     made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of the model")
+    made.add_argument("--threads", type=int, default=usable_cores(), help="CPU threads of the model")
     made.add_argument(
         "--text", type=Path, help="UTF-8 text for the prompts; by default docstrings of installed packages"
     )

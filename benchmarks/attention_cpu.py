@@ -22,11 +22,12 @@ import torch
 from benchmarks import _cli
 from d2o.attention import AttentionRule, DecodeSegments, ScoreTarget, decode_attention, prefill_attention
 from d2o.pages import PagePool
+from d2o_server.control_groups import usable_cores
 
 _HEADS, _KV_HEADS, _HEAD_DIM, _PAGE = 9, 3, 64, 32
 _RULE = AttentionRule(_HEAD_DIM**-0.5)
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# As engine/worker_client.py starts a worker.
+# As engine/worker_process.py starts a worker.
 _RAISED = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483648"}
 
 
@@ -107,7 +108,7 @@ def decode_elsewhere(arguments: Sequence[str], environment: dict[str, str]) -> d
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, writes JSON and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--tokens", type=int, default=4000, help="of the prompt")
     parser.add_argument("--sequences", type=int, default=16, help="that decode")
     parser.add_argument("--slots", type=int, default=1064, help="of each of them")

@@ -22,10 +22,11 @@ from benchmarks._peers import Outcome, Task
 from benchmarks._prompts import PromptSet, make_prompts
 from benchmarks._server import ClosedSet, check_complete, child_environment, open_client, running_server
 from d2o_client import Compression
+from d2o_server.engine.worker_process import process_environment
 
 OURS = "d2o-serve"
-# The server gives its workers these settings (large temporaries stay on the heap); here all contenders have them.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483648"}
+# What the server gives its workers, large temporaries on the heap and threads that spin briefly: here all have it.
+_ENVIRONMENT = process_environment({})
 _WARM_UP_TOKENS = 4
 _WARM_UP_PROMPTS = 2
 
@@ -64,14 +65,14 @@ def _peer(task: Task) -> Outcome:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env=child_environment(_ALLOCATOR),
+        env=child_environment(_ENVIRONMENT),
     )
     return Outcome(**json.loads(done.stdout))
 
 
 async def _serve(task: Task) -> Outcome:
     flags = ("--model", task.model, "--device", "cpu", "--dtype", task.dtype, "--threads", str(task.threads))
-    with running_server(*flags, environment=_ALLOCATOR) as target:
+    with running_server(*flags, environment=_ENVIRONMENT) as target:
         async with open_client(target) as client:
             full = Compression(policy="none")
             await ClosedSet(client, task.warm_up, new_tokens=task.warm_up_tokens, compression=full).run()
@@ -150,7 +151,7 @@ def report(contenders: Sequence[Contender], prompts: PromptSet, arguments: argpa
             "new_tokens": task.new_tokens,
             "repeats": arguments.repeats,
             "generate_batch_tokens_a_step_tried": arguments.cb_batch_tokens,
-            "allocator": _ALLOCATOR,
+            "environment": _ENVIRONMENT,
         },
         "text": {"source": prompts.source, "sha256": prompts.sha256},
         "contenders": rows,

@@ -37,7 +37,7 @@ _TEXT = (
 )
 _CHECKPOINTS = ("transformers", "tokenizers", "safetensors", "gguf", "accelerate", "huggingface_hub")
 _WORKER = (
-    *("d2o_server.worker", "d2o_server.engine", "d2o_server.telemetry.logs", *_SHARED),
+    *("d2o_server.worker", "d2o_server.engine", "d2o_server.telemetry.logs", "d2o_server.control_groups", *_SHARED),
     *("d2o", "torch", "numpy", "msgspec", "zmq"),
 )
 _RPC = (
@@ -60,7 +60,10 @@ TABLE = {
     "d2o_server.healthcheck": Row(("grpc", "grpc_health", *_SHARED)),
     "d2o_server.keys": Row(("d2o_server.rpc.api_keys", "d2o_server.engine.types", *_SHARED)),
     "d2o_server.settings": Row(
-        (*_SHARED, "d2o_server.engine.messages", "d2o_server.engine.supervision", "d2o_server.engine.types")
+        (
+            *(*_SHARED, "d2o_server.control_groups"),
+            *("d2o_server.engine.messages", "d2o_server.engine.supervision", "d2o_server.engine.types"),
+        )
     ),
     "d2o_server.telemetry": Row((*_TELEMETRY, "prometheus_client", "grpc")),
     "d2o_server.telemetry.tracing": Row((*_TELEMETRY, "opentelemetry", "grpc")),

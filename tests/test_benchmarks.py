@@ -17,6 +17,7 @@ from benchmarks import (
     concurrency_gpu,
     dtype_cpu,
     equal_pool,
+    neighbour_cpu,
     plot,
     throughput,
 )
@@ -305,3 +306,13 @@ def test_types_on_a_cpu_are_compared_with_what_auto_chooses(tmp_path: Path) -> N
     assert result["auto"] in result["medians"]
     for name, ratio in result["bfloat16_over_float32"].items():
         assert ratio == result["medians"]["bfloat16"][name] / result["medians"]["float32"][name] > 0
+
+
+def test_a_neighbours_cost_is_measured_by_how_long_threads_spin(tmp_path: Path) -> None:
+    sizes = ("--requests", "1", "--prompt-tokens", "20", "--new-tokens", "5", "--repeats", "1", "--threads", "1")
+    neighbour_cpu.main(["--model", "random:tiny-llama", *sizes, "--out", str(tmp_path)])
+    lines = json.loads((tmp_path / "neighbour_cpu.json").read_text())["runs"]
+    assert [line["environment"].get("GOMP_SPINCOUNT") for line in lines] == [None, None, "300000"]
+    for line in lines:
+        (alone,), (beside,) = line["seconds_alone"], line["seconds_beside"]
+        assert line["beside_over_alone"] == beside / alone > 0

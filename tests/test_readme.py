@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 SHOWN_TARGET = "127.0.0.1:50051"
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_SETTING = re.compile(r"^\| `(--[a-z0-9-]+)` \| `(\w+)` \| (`[^`]*`|all cores) \| (.+) \|$", re.MULTILINE)
+_SETTING = re.compile(r"^\| `(--[a-z0-9-]+)` \| `(\w+)` \| (`[^`]*`|the cores it may use) \| (.+) \|$", re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?://)([^)#]*)(#[^)]*)?\)")
 
 
@@ -86,7 +86,7 @@ def test_the_settings_table_has_every_flag_with_its_variable_and_default() -> No
     expected = {
         flag: (
             "D2O_SERVE_" + flag.removeprefix("--").upper().replace("-", "_"),
-            "all cores" if flag == "--threads" else shown(action.default),
+            "the cores it may use" if flag == "--threads" else shown(action.default),
         )
         for flag, action in flags().items()
     }

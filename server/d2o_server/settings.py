@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from d2o.config import ConfigError, D2OConfig, Policy, ScoreQueries
+from d2o_server.control_groups import usable_cores
 from d2o_server.engine.messages import AUTO_FULL_TOKENS, WorkerSettings
 from d2o_server.engine.supervision import Supervision
 from d2o_server.engine.types import AutoCompression, Compression
@@ -142,7 +142,7 @@ def worker_settings(**changes: object) -> WorkerSettings:
         "device": "auto",
         "index": 0,
         "tensor_parallel": 1,
-        "threads": os.cpu_count() or 1,
+        "threads": usable_cores(),
         "page_size": 32,
         "num_pages": None,
         "memory_fraction": 0.5,
@@ -342,7 +342,7 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
     device.add_argument(
         "--tensor-parallel", type=int, default=1, help="ranks that each worker's model is split over; one a GPU"
     )
-    device.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of all workers")
+    device.add_argument("--threads", type=int, default=usable_cores(), help="CPU threads of all workers")
     device.add_argument(
         "--worker-timeout",
         type=float,

@@ -24,7 +24,15 @@ _KILLED = -signal.SIGKILL
 _SECONDS_TO_END = 2.0
 
 # Large temporaries come from the heap and stay there: mapping and faulting them anew costs more than using them.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483648"}
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483648"}
+# A thread that waits for the others of its loop soon sleeps: where one of them has no core, it may stand in its way.
+_OPENMP = {"GOMP_SPINCOUNT": "1000"}
+
+
+def process_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` and, where it does not say otherwise, what memory and threads of a worker do best with."""
+    defaults = _MALLOC if "OMP_WAIT_POLICY" in environment else _MALLOC | _OPENMP
+    return defaults | dict(environment)
 
 
 class WorkerProcess:
@@ -38,7 +46,7 @@ class WorkerProcess:
         self.pid: int | None = None
         self.status: int | None = None
         self._group: int | None = None
-        variables = _ENVIRONMENT | dict(os.environ) | dict(environment)
+        variables = process_environment(os.environ | dict(environment))
         order = {"module": module, "address": address, "directory": str(Path.cwd()), "environment": variables}
         self._order = json.dumps(order).encode() + b"\n"
         self._template = _Template.current()
@@ -90,9 +98,8 @@ class _Template:
         self._control, theirs = socket.socketpair()
         with theirs:
             command = (sys.executable, "-m", _TEMPLATE_MODULE, str(theirs.fileno()), str(os.getpid()))
-            environment = _ENVIRONMENT | dict(os.environ)
             self._process = subprocess.Popen(
-                command, env=environment, pass_fds=(theirs.fileno(),), start_new_session=True
+                command, env=process_environment(os.environ), pass_fds=(theirs.fileno(),), start_new_session=True
             )
 
     @classmethod

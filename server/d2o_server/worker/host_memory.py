@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from d2o_server.control_groups import GROUPS, PROC, folders
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +18,13 @@ class _Files:
     droppable: str
 
 
-_VERSION_1 = _Files(limit="memory.limit_in_bytes", used="memory.usage_in_bytes", droppable="total_inactive_file")
-_VERSION_2 = _Files(limit="memory.max", used="memory.current", droppable="inactive_file")
+_FILES = {
+    1: _Files(limit="memory.limit_in_bytes", used="memory.usage_in_bytes", droppable="total_inactive_file"),
+    2: _Files(limit="memory.max", used="memory.current", droppable="inactive_file"),
+}
 
 
-def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+def available_bytes(proc: Path = PROC, groups: Path = GROUPS) -> int:
     """Memory that can be had without swapping and without being killed for it, the page cache included.
 
     That is the least of what Linux calls available and, in each control group around this process that has a limit (a
@@ -31,34 +33,14 @@ def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgr
     Args:
         proc, groups: where the kernel's files are.
     """
-    return max(0, min([_of_machine(proc), *(_left(folder, files) for folder, files in _around(proc, groups))]))
+    found = ((folder, _FILES[version]) for folder, version in folders("memory", proc, groups))
+    left = (_left(folder, files) for folder, files in found if (folder / files.limit).exists())
+    return max(0, min([_of_machine(proc), *left]))
 
 
 def _of_machine(proc: Path) -> int:
     (line,) = (line for line in _lines(proc / "meminfo") if line.startswith("MemAvailable:"))
     return int(line.split()[1]) * 1024
-
-
-def _around(proc: Path, groups: Path) -> Iterator[tuple[Path, _Files]]:
-    """Folders of the groups that this process is in and that have a limit, of either version.
-
-    In a container the path is often the host's and not there to see, but then the root is the container's own group.
-    """
-    memberships: list[str] = []
-    with suppress(OSError):
-        memberships = _lines(proc / "self/cgroup")
-    for membership in memberships:
-        number, controllers, path = membership.split(":", 2)
-        if number == "0":
-            root, files = groups, _VERSION_2
-        elif "memory" in controllers.split(","):
-            root, files = groups / "memory", _VERSION_1
-        else:
-            continue
-        own = root / path.lstrip("/")
-        for folder in (own, *own.parents):
-            if folder.is_relative_to(root) and (folder / files.limit).exists():
-                yield folder, files
 
 
 def _left(folder: Path, files: _Files) -> int:

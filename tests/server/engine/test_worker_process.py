@@ -62,6 +62,21 @@ def template() -> psutil.Process:
     return psutil.Process(worker_process._Template.current()._process.pid)
 
 
+@pytest.mark.parametrize(
+    ("operators", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_that_wait_soon_sleep_unless_the_operator_says_otherwise(
+    operators: dict[str, str], spins: str | None, own_template: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in operators.items():
+        monkeypatch.setenv(name, value)
+    # What its library reads when it is loaded, which is before any fork.
+    process = psutil.Process(worker_process._Template.current()._process.pid)
+    assert process.environ().get("GOMP_SPINCOUNT") == spins
+
+
 async def test_it_starts_with_what_it_was_given_and_everything_imported(first: Started) -> None:
     said = await first.says()
     assert said == {
