@@ -21,11 +21,11 @@ from benchmarks._prompts import PromptSet, make_prompts
 from benchmarks._server import ClosedSet, check_complete, open_client, running_server
 from d2o_client import Compression, Policy
 
-# The last is what libgomp takes where nobody says anything.
+# As the server starts a worker, without any turns, and as libgomp does where nobody says anything.
 SETTINGS: dict[str, dict[str, str]] = {
-    "the server's own": {},
-    "no turns": {"OMP_WAIT_POLICY": "passive"},
-    "libgomp's own": {"GOMP_SPINCOUNT": "300000"},
+    "server": {},
+    "passive": {"OMP_WAIT_POLICY": "passive"},
+    "libgomp": {"GOMP_SPINCOUNT": "300000"},
 }
 
 
@@ -52,11 +52,11 @@ async def _seconds(target: str, prompts: PromptSet, new_tokens: int) -> float:
 def run(parsed: argparse.Namespace) -> list[dict[str, Any]]:
     """A line a setting: all rounds' seconds, and the ratio of their medians."""
     prompts = make_prompts(parsed.model, count=parsed.requests, tokens=parsed.prompt_tokens, text=parsed.text)
-    alone: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    beside: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    alone: dict[str, list[float]] = {name: [] for name in parsed.settings}
+    beside: dict[str, list[float]] = {name: [] for name in parsed.settings}
     flags = ("--model", parsed.model, "--dtype", parsed.dtype, "--threads", str(parsed.threads), "--device", "cpu")
     for turn in range(parsed.repeats):
-        for name in list(SETTINGS)[:: -1 if turn % 2 else 1]:
+        for name in parsed.settings[:: -1 if turn % 2 else 1]:
             with running_server(*flags, environment=SETTINGS[name]) as target:
                 # The first answer of a server takes what nothing after it takes.
                 asyncio.run(_seconds(target, prompts, 2))
@@ -66,12 +66,12 @@ def run(parsed: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {
             "setting": name,
-            "environment": environment,
+            "environment": SETTINGS[name],
             "seconds_alone": alone[name],
             "seconds_beside": beside[name],
             "beside_over_alone": median(beside[name]) / median(alone[name]),
         }
-        for name, environment in SETTINGS.items()
+        for name in parsed.settings
     ]
 
 
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=2, help="at once")
     parser.add_argument("--prompt-tokens", type=int, default=150, help="of each")
     parser.add_argument("--new-tokens", type=int, default=30, help="of each")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="how threads wait")
     parser.add_argument("--busy", type=int, default=1, help="cores that a neighbour keeps busy")
     parser.add_argument("--repeats", type=int, default=2, help="servers of each setting")
     parsed = parser.parse_args(arguments)
