@@ -57,10 +57,13 @@ def test_version_1_has_files_of_other_names_and_a_path_that_is_the_hosts(kernel:
 
 
 def test_a_server_that_is_bound_to_a_core_has_one_thread() -> None:
-    program = "from d2o_server.settings import worker_settings; print(worker_settings().threads)"
+    program = (
+        "from d2o_server.settings import from_arguments, worker_settings\n"
+        "print(worker_settings().threads, from_arguments([], {}).worker.threads)"
+    )
     core = min(os.sched_getaffinity(0))
     done = subprocess.run(
-        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}}); {program}"],
+        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\n{program}"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout == "1\n"
+    assert done.stdout == "1 1\n"
