@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch.distributed as dist
 import zmq
 
 from d2o_server.engine.messages import (
@@ -48,9 +47,6 @@ def serve(address: str, rank: int) -> None:
     finally:
         socket.close()
         context.term()
-    if dist.is_initialized():
-        # What the group does at the interpreter's end waits for the other ranks and for captured graphs.
-        os._exit(0)
 
 
 def _serve(socket: zmq.Socket[bytes], address: str, rank: int) -> None:

@@ -6,7 +6,6 @@ Threads and what is known of a GPU do not survive a fork: until then this proces
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import runpy
@@ -192,11 +191,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     process.call_it("d2o-template")
-    with _ending_with(parent):
+    with _ending_with(parent), process.importing():
         import d2o_server.worker.serving  # noqa: F401
-    # What is here now stays: a worker whose collector walked over it would have a copy of its own.
-    gc.collect()
-    gc.freeze()
     template = os.getpid()
     order = Template(socket.socket(fileno=control)).serve()
     if order is not None:

@@ -1,7 +1,11 @@
-"""The worker process, and a file that says what goes wrong in it: ``refuse`` a start, ``die`` or ``hang`` in a step."""
+"""The worker process, and a file that says what goes wrong in it: ``refuse`` a start, ``die`` or ``hang`` in a step.
+
+Beside it a file ``.taken-down`` appears where the interpreter comes to its own end.
+"""
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from pathlib import Path
@@ -35,6 +39,7 @@ def step(core: WorkerCore) -> StepReport:
 def main() -> None:
     if mood() == "refuse":
         raise SystemExit(4)
+    atexit.register(Path(os.environ[MOOD]).with_suffix(".taken-down").touch)
     WorkerCore.step = step  # type: ignore[method-assign, assignment]
     process.main()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -21,6 +22,8 @@ def main() -> None:
         "directory": str(Path.cwd()),
         "word": os.environ["D2O_TEST_WORD"],
         "imported": "transformers" in sys.modules,
+        "collects": gc.isenabled(),
+        "frozen": gc.get_freeze_count() > 100_000,
     }
     path = Path(sys.argv[1])
     path.with_suffix(".new").write_text(json.dumps(told))

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -316,3 +317,12 @@ async def test_another_worker_goes_on_at_once_and_none_that_is_left_means_the_en
         assert ended.message == "no worker is left to run the request"
         assert both.lost.is_set()
         assert time.monotonic() - began < 30
+
+
+async def test_a_worker_that_stops_ends_without_its_interpreter_taking_everything_down(tmp_path: Path) -> None:
+    async with workers(1, tmp_path / "file", restarts=0) as dispatcher:
+        (worker,) = dispatcher.workers
+        assert worker.pid is not None
+        process = psutil.Process(worker.pid)
+    assert not process.is_running()
+    assert not (tmp_path / "file.taken-down").exists()

@@ -87,6 +87,8 @@ async def test_it_starts_with_what_it_was_given_and_everything_imported(first: S
         "directory": str(Path.cwd()),
         "word": "first",
         "imported": True,
+        "collects": True,
+        "frozen": True,
     }
     assert first.process.status is None
     assert "D2O_TEST_WORD" not in os.environ
