@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from d2o_server.models.describe import describe
 from d2o_server.worker.gpu.batch_sizes import (
     LIBRARIES,
     BatchSize,
     candidates,
+    multiplied_weights,
     multiplying_by,
     product_seconds,
     worth_capturing,
 )
+from d2o_server.worker.gpu.model import join_projections
+from d2o_server.worker.tensor_parallel import Part, split_model
 from tests.server.worker.conftest import load
 
 
@@ -57,6 +61,19 @@ def test_each_size_has_the_library_that_is_quicker_at_it() -> None:
 
 def test_a_size_is_padded_where_the_other_library_makes_a_larger_one_quicker() -> None:
     assert worth_capturing([8, 16], {"cublas": [2.0, 3.0], "cublaslt": [2.0, 1.9]}) == [BatchSize(16, "cublaslt")]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_layer_of_a_block_and_the_output_are_multiplied_by(parts: int) -> None:
+    model = load("tiny-llama", "d2o")
+    if parts > 1:
+        split_model(model, model.tp_plan, describe(model.config), Part(0, parts, "0"))
+    join_projections(model)
+    weights = multiplied_weights(model)
+    # Query, key and value are one product, gate and up another, and two layers of a block have one of their own.
+    assert len(weights) == 4 * model.config.num_hidden_layers + 1
+    whole = sum(weight.numel() for weight in multiplied_weights(load("tiny-llama", "d2o")))
+    assert sum(weight.numel() for weight in weights) == whole / parts
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o_server.worker.gpu.model import SharedProjection
+from d2o_server.worker.tensor_parallel import GatheredLinear, RowwiseLinear
 
 LIBRARIES = ("cublas", "cublaslt")
 """As torch names them; the first is the one that it uses by itself."""
@@ -80,7 +81,7 @@ def product_seconds(model: nn.Module, sizes: Sequence[int], layers: int, library
     Measured on weights that are not in the cache: several of each shape in turn.
     """
     by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for weight in {id(weight): weight for weight in _weights(model)}.values():
+    for weight in multiplied_weights(model):
         by_shape[weight.shape].append(weight)
     with multiplying_by(library):
         return [
@@ -89,8 +90,11 @@ def product_seconds(model: nn.Module, sizes: Sequence[int], layers: int, library
         ]
 
 
-def _weights(model: nn.Module) -> list[Tensor]:
-    return [module.weight for module in model.modules() if isinstance(module, nn.Linear | SharedProjection)]
+def multiplied_weights(model: nn.Module) -> list[Tensor]:
+    """The weights that a step multiplies by, each once; of a split model this rank's."""
+    linear = nn.Linear | SharedProjection | RowwiseLinear | GatheredLinear
+    found = (module.weight for module in model.modules() if isinstance(module, linear))
+    return list({id(weight): weight for weight in found}.values())
 
 
 def _seconds(weights: list[Tensor], rows: int) -> float:
