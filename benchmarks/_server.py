@@ -20,11 +20,17 @@ import psutil
 from d2o_client import NO_RETRY, AsyncClient, AsyncStream, Compression, Finished, Started
 
 _STOP_SECONDS = 30
+# How threads wait for one another, which a worker's process decides where nobody else does.
+_OF_THREADS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """This process's import path and environment, without a server's settings in it, and ``extra``."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("D2O_SERVE_")}
+    """This process's import path and environment, and ``extra``; not what a shell says of servers and threads."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("D2O_SERVE_") and name not in _OF_THREADS
+    }
     return inherited | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **extra}
 
 

@@ -25,7 +25,7 @@ from benchmarks._load import Load, Outcome
 from benchmarks._machine import Machine
 from benchmarks._pool import cache_shape, most_at_once, pool_pages
 from benchmarks._prompts import make_prompts
-from benchmarks._server import Reply, check_complete
+from benchmarks._server import Reply, check_complete, child_environment
 from benchmarks._serving import Window
 from d2o_client import CacheFacts, Compression, Finished, FinishReason, Started, Usage
 
@@ -130,6 +130,21 @@ def test_machine_facts_name_no_folder_and_the_commit() -> None:
     assert str(Path.home()) not in facts
     assert str(Path(__file__).resolve().parent.parent) not in facts
     assert re.search(r'"commit": "([0-9a-f]{40}|unknown)', facts)
+
+
+def test_a_server_that_is_measured_hears_nothing_of_what_its_shell_says_of_servers_and_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = {"D2O_SERVE_PAGE_SIZE": "8", "GOMP_SPINCOUNT": "7", "OMP_WAIT_POLICY": "active", "D2O_TEST_WORD": "kept"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    environment = child_environment({"GOMP_SPINCOUNT": "300000"})
+    assert {name: environment.get(name) for name in said} == {
+        "D2O_SERVE_PAGE_SIZE": None,
+        "GOMP_SPINCOUNT": "300000",
+        "OMP_WAIT_POLICY": None,
+        "D2O_TEST_WORD": "kept",
+    }
 
 
 def test_decode_only_time_leaves_out_every_prefill() -> None:
