@@ -41,9 +41,10 @@ def main() -> None:
     serve(address, int(rank))
     # An interpreter that ends takes down every object, which takes a second, and waits for other ranks and captured
     # graphs. Nothing is left to be said.
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(0)
 
 
