@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from d2o_server.engine import worker_process
 from d2o_server.engine.worker_process import WorkerProcess
+from d2o_server.worker import process
 
 TELLING = "tests.server.engine.telling_worker"
 
@@ -75,6 +77,16 @@ def test_threads_that_wait_soon_sleep_unless_the_operator_says_otherwise(
     # What its library reads when it is loaded, which is before any fork.
     process = psutil.Process(worker_process._Template.current()._process.pid)
     assert process.environ().get("GOMP_SPINCOUNT") == spins
+
+
+def test_the_collector_rests_while_a_process_imports_and_leaves_alone_what_came() -> None:
+    try:
+        with process.importing():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 async def test_it_starts_with_what_it_was_given_and_everything_imported(first: Started) -> None:
