@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from d2o_server.telemetry import logs
 
@@ -39,12 +40,18 @@ def main() -> None:
         from d2o_server.worker.serving import serve
 
     serve(address, int(rank))
-    # An interpreter that ends takes down every object, which takes a second, and waits for other ranks and captured
-    # graphs. Nothing is left to be said.
+    end()
+
+
+def end() -> NoReturn:
+    """Ends the process with status 0 once all that was said is written, if anybody reads it.
+
+    An interpreter that comes to its own end takes down every object, which takes a second, and waits for other ranks
+    and captured graphs.
+    """
+    logging.shutdown()
     with suppress(OSError):
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        print(end="", flush=True)
     os._exit(0)
 
 

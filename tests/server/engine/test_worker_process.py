@@ -89,6 +89,23 @@ def test_the_collector_rests_while_a_process_imports_and_leaves_alone_what_came(
         gc.unfreeze()
 
 
+@pytest.mark.parametrize("reader", ["there", "gone", "none"])
+def test_a_process_ends_in_good_order_whoever_reads_what_it_says(reader: str) -> None:
+    program = "import sys; sys.stdin.read(); from d2o_server.worker.process import end; print('said'); end()"
+    command = [sys.executable, "-c", program]
+    if reader == "none":
+        command = ["/bin/sh", "-c", 'exec "$0" "$@" >&-', *command]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as ending:
+        if reader == "gone" and ending.stdout is not None:
+            ending.stdout.close()
+            ending.stdout = None
+        said, complaint = ending.communicate()
+    assert (ending.returncode, complaint) == (0, b"")
+    assert said == (b"said\n" if reader == "there" else b"" if reader == "none" else None)
+
+
 async def test_it_starts_with_what_it_was_given_and_everything_imported(first: Started) -> None:
     said = await first.says()
     assert said == {
