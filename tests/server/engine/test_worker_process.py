@@ -230,7 +230,9 @@ async def test_a_worker_whose_end_and_connection_s_end_come_together_takes_nothi
         await asyncio.sleep(0.2)
         first.close()
         second.sendall(order("second"))
-        assert int(second.recv(64)) != process
+        other = psutil.Process(int(second.recv(64)))
+        assert other.pid != process
         third = Started(tmp_path / "third", D2O_TEST_STATUS="0")
         assert await third.status() == 0
+    other.wait(5)
     assert worker_process._Template.current() is made
