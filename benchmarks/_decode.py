@@ -112,7 +112,8 @@ class Batch:
     def settle(self, pending: Pending, layer: int) -> None:
         """Adds what the newest queries of all sequences give to the scores of a layer."""
         places = layer * self.table.shape[1] + self.rows
-        settle(self.pool, pending, places, self.table[layer], self.lengths[layer])
+        most = max(self.shape.lengths)
+        settle(self.pool, pending, places, self.table[layer], self.lengths[layer], most_used=most)
 
     def grid(self) -> DecodeGrid:
         return DecodeGrid.of(len(self.shape.lengths), self.heads.kv_heads, torch.device("cuda"))
@@ -158,7 +159,7 @@ class Batch:
 
         def run() -> None:
             pending.count.fill_(pending.depth)
-            settle(self.pool, pending, places, tables, used)
+            settle(self.pool, pending, places, tables, used, most_used=max(self.shape.lengths))
 
         return time_graph([run]) / self.layers
 

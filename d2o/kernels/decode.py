@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from d2o.kernels.decode_kernels import attend_kernel
 from d2o.kernels.decode_plan import SHARE_SLOTS, DecodeGrid, DecodePlan, DecodeWorkspace, plan_decode
-from d2o.kernels.paged import PagedTensors
+from d2o.kernels.paged import PagedTensors, described
 from d2o.kernels.pending import LOG2E, Pending
 
 __all__ = ["DecodeConfig", "DecodeGrid", "DecodePlan", "DecodeWorkspace", "decode_attention", "plan_decode"]
@@ -124,7 +123,7 @@ def decode_attention(
         k_new,
         v_new,
         *(q.stride(0), q.stride(1), k_new.stride(0), k_new.stride(1), v_new.stride(0), v_new.stride(1)),
-        *(_described(each, [chosen.block, dim_pad]) for each in (pool.k, pool.v)),
+        *(described(each, [chosen.block, dim_pad]) for each in (pool.k, pool.v)),
         *(pool.k, pool.v, pool.score, pool.position, pool.bias),
         positions,
         *(block_table, rows, *block_table.shape[1:]),
@@ -153,9 +152,3 @@ def decode_attention(
         num_stages=chosen.stages,
     )
     return out
-
-
-def _described(values: Tensor, tile: list[int]) -> TensorDescriptor:
-    """Keys or values as rows, one a slot, to be loaded by tiles."""
-    rows = values.view(-1, values.shape[-1])
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), tile)

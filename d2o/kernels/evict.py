@@ -64,7 +64,7 @@ def evict_in_place(
     for part in _chunks(pool, host, config, scratch_bytes, window is not None):
         pairs = host.on_device(part, block_table, pool)
         if pending is not None:
-            settle(pool, pending, pairs.places, pairs.tables, pairs.used)
+            settle(pool, pending, pairs.places, pairs.tables, pairs.used, most_used=pairs.most_used)
         _evict(pool, pairs, history, config, None if window is None else window[part])
 
 

@@ -137,6 +137,8 @@ def staged_bytes(pool: PagedTensors, most_kept: int) -> int:
 def _direct_tiling(pool: PagedTensors, lanes: int) -> Tiling:
     if pool.k.element_size() == 4:
         return Tiling(lanes, 32, 4, 2)
+    if lanes >= FEW and pool.head_dim <= 128:
+        return Tiling(lanes, 128, 8, 3)
     return Tiling(lanes, 64, 4, 3)
 
 

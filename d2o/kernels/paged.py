@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +40,9 @@ class PagedTensors:
     @property
     def device(self) -> torch.device:
         return self.k.device
+
+
+def described(values: Tensor, tile: list[int]) -> TensorDescriptor:
+    """Keys or values as rows, one a slot, to be loaded by tiles [slots, padded head_dim]."""
+    rows = values.view(-1, values.shape[-1])
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), tile)

@@ -13,7 +13,7 @@ CLASS_SHIFT = tl.constexpr(60)
 SINK = tl.constexpr(3)
 
 FEW = 64
-"""Evicted tokens of a head that one program holds: a page's worth, as decode evicts, is no more."""
+"""Evicted tokens of a head that one program holds: what decode evicts at a time is by default no more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2o.kernels.paged import PagedTensors
+from d2o.kernels.paged import PagedTensors, described
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # Of the pending queries of all heads of a group at most, and of each head: docs/adr/0020.
 _ROWS, _DEPTH = 16, 8
 _TILE_BYTES = 1 << 14
+PART_SLOTS = 2048
+"""Slots of a sequence that one program settles at most: of longer programs the last to begin end late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Pending:
         count: [layers, rows, kv_heads] int32, how many there are.
         rule: [layers, 2] float32, factor and softcap (0: none) of the layer's logits, as kernels take them.
         clock: [1] int32, counts steps.
+        arrivals: [layers, rows, kv_heads] int32, parts of a sequence that have been settled; 0 between launches.
     """
 
     query: Tensor
@@ -41,6 +44,7 @@ class Pending:
     count: Tensor
     rule: Tensor
     clock: Tensor
+    arrivals: Tensor
 
     @classmethod
     def empty(
@@ -61,6 +65,7 @@ class Pending:
             torch.zeros(layers, rows, kv_heads, dtype=torch.int32, device=device),
             torch.zeros(layers, 2, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
+            torch.zeros(layers, rows, kv_heads, dtype=torch.int32, device=device),
         )
 
     @property
@@ -85,7 +90,16 @@ def depth_of(group: int) -> int:
     return max(1, min(_DEPTH, _ROWS // lanes))
 
 
-def settle(pool: PagedTensors, pending: Pending, places: Tensor, tables: Tensor, used: Tensor) -> None:
+def settle(
+    pool: PagedTensors,
+    pending: Pending,
+    places: Tensor,
+    tables: Tensor,
+    used: Tensor,
+    *,
+    most_used: int,
+    part_slots: int = PART_SLOTS,
+) -> None:
     """Adds to the scores of (layer, row) pairs what their pending queries give; nothing is pending there afterwards.
 
     Never waits for the device. Slots must lie as they did when the queries were decoded.
@@ -96,24 +110,37 @@ def settle(pool: PagedTensors, pending: Pending, places: Tensor, tables: Tensor,
         places: [pairs] int32, ``layer * rows + row`` of each; unique.
         tables: [pairs, pages] int32, their pages.
         used: [pairs] int32, slots in use.
+        most_used: the most of any pair, on the host.
+        part_slots: of a sequence that one program works on at most.
     """
     _, rows, depth, heads, head_dim = pending.query.shape
     group, dim_pad = heads // pool.kv_heads, triton.next_power_of_2(head_dim)
     lanes, tile = triton.next_power_of_2(group), _TILE_BYTES // (dim_pad * pool.k.element_size())
-    settle_kernel[(pool.kv_heads, places.shape[0])](
-        *(pool.score, pool.k, pool.bias, pending.query, pending.level, pending.count, pending.rule),
+    block = max(16, min(pool.page_size, tile))
+    settle_kernel[(pool.kv_heads, places.shape[0], triton.cdiv(most_used, part_slots))](
+        *(
+            pool.score,
+            described(pool.k, [block, dim_pad]),
+            pool.bias,
+            pending.query,
+            pending.level,
+            pending.count,
+            pending.arrivals,
+            pending.rule,
+        ),
         *(places, tables, used, rows, tables.shape[1]),
         KV_HEADS=pool.kv_heads,
         GROUP=group,
         PAGE=pool.page_size,
         DIM=head_dim,
         DIM_PAD=dim_pad,
-        BLOCK=max(16, min(pool.page_size, tile)),
+        BLOCK=block,
         LANES=lanes,
         DEPTH=depth,
         LATE_ROWS=max(8, depth * lanes),
-        num_warps=4,
-        num_stages=4,
+        PART=part_slots,
+        num_warps=2,
+        num_stages=3,
     )
 
 
@@ -208,11 +235,12 @@ def given(
 @triton.jit(do_not_specialize=["table_rows", "columns"])  # type: ignore[untyped-decorator]
 def settle_kernel(
     score: tl.tensor,
-    k: tl.tensor,
+    described_k: tl.tensor,
     bias: tl.tensor,
     late_query: tl.tensor,
     late_level: tl.tensor,
     late_count: tl.tensor,
+    arrivals: tl.tensor,
     late_rule: tl.tensor,
     places: tl.tensor,
     tables: tl.tensor,
@@ -228,64 +256,70 @@ def settle_kernel(
     LANES: tl.constexpr,
     DEPTH: tl.constexpr,
     LATE_ROWS: tl.constexpr,
+    PART: tl.constexpr,
 ) -> None:
-    """Program (KV head, pair): all of its slots."""
-    head, pair = tl.program_id(0), tl.program_id(1)
-    spot = tl.load(places + pair)
+    """Program (KV head, pair, part): its part of the slots, of as many parts as give each PART slots at most."""
+    head, pair, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    spot, length = tl.load(places + pair), tl.load(used + pair)
+    parts = tl.cdiv(length, PART)
     counter = late_count + spot * KV_HEADS + head
     count = tl.load(counter)
-    if count > 0:
+    if (count > 0) & (part < parts):
         query, level = recall(
             late_query, late_level, spot, count, head, KV_HEADS, GROUP, DIM, DIM_PAD, LANES, DEPTH, LATE_ROWS
         )
         rule = late_rule + 2 * (spot // table_rows)
-        length, pages = tl.load(used + pair), tables + pair.to(tl.int64) * columns
+        pages = tables + pair.to(tl.int64) * columns
+        size = tl.cdiv(tl.cdiv(length, parts), BLOCK) * BLOCK
+        first, last = part * size, tl.minimum(part * size + size, length)
         end = length - count + 1 + tl.arange(0, LATE_ROWS) // LANES
         scale, softcap = tl.load(rule), tl.load(rule + 1)
         if softcap > 0:
             _add(
-                score, k, bias, query, level, end, pages, head, length, scale, softcap,
-                KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, True,
+                score, described_k, bias, query, level, end, pages, head, first, last, scale, softcap,
+                KV_HEADS, PAGE, BLOCK, True,
             )  # fmt: skip
         else:
             _add(
-                score, k, bias, query, level, end, pages, head, length, scale, softcap,
-                KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, False,
+                score, described_k, bias, query, level, end, pages, head, first, last, scale, softcap,
+                KV_HEADS, PAGE, BLOCK, False,
             )  # fmt: skip
-        tl.store(counter, 0)
+        if tl.atomic_add(arrivals + spot * KV_HEADS + head, 1) == parts - 1:
+            tl.store(counter, 0)
+            tl.store(arrivals + spot * KV_HEADS + head, 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add(
     score: tl.tensor,
-    k: tl.tensor,
+    described_k: tl.tensor,
     bias: tl.tensor,
     query: tl.tensor,
     level: tl.tensor,
     end: tl.tensor,
     pages: tl.tensor,
     head: tl.tensor,
-    length: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     KV_HEADS: tl.constexpr,
     PAGE: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ) -> None:
-    """Adds what the queries give to the scores of a sequence's slots."""
-    dim, column = tl.arange(0, DIM_PAD), tl.arange(0, BLOCK)
-    page = tl.load(pages)
-    for start in range(0, length, BLOCK):
+    """Adds what the queries give to the scores of a sequence's slots [first, last); ``first`` begins a tile."""
+    column = tl.arange(0, BLOCK)
+    page = tl.load(pages + tl.minimum(first, last - 1) // PAGE)
+    for start in range(first, last, BLOCK):
         slot = start + column
-        live = slot < length
-        place = (page.to(tl.int64) * KV_HEADS + head) * PAGE + start % PAGE + column
-        inside = live[:, None] & (dim < DIM)[None, :]
-        key = tl.load(k + place[:, None] * DIM + dim[None, :], mask=inside, other=0.0)
+        live = slot < last
+        first_row = (page * KV_HEADS + head) * PAGE + start % PAGE
+        place = first_row.to(tl.int64) + column
+        # A slot that is not live gives nothing to another's score: its key is whatever lies there.
+        key = described_k.load([first_row, 0])
         lift = tl.load(bias + place, mask=live, other=0.0) * LOG2E
         before = tl.load(score + place, mask=live, other=0.0)
-        page = tl.load(pages + tl.minimum(start + BLOCK, length - 1) // PAGE)
+        page = tl.load(pages + tl.minimum(start + BLOCK, last - 1) // PAGE)
         gained = given(key, query, level, end, lift, slot, scale, softcap, SOFTCAP)
         tl.store(score + place, before + gained, mask=live)

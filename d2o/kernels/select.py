@@ -19,6 +19,8 @@ from d2o.kernels.pairs import Pairs
 from d2o.kernels.select_kernels import cut_kernel, keys_kernel, split_kernel
 
 _BLOCK = 2048
+HELD = ((2048, 4), (4096, 8), (8192, 8))
+"""Most keys that a program holds in registers, with how many warps; longer lists it reads again for every two bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def select(pool: PagedTensors, pairs: Pairs, config: D2OConfig, window: Tensor |
         )
         stage = 2
     _write_keys(pool, pairs, config, pooled, keys, cut, stage=stage)
-    return _split(pairs, keys, cut, heads, config.merge_into_sinks)
+    return split(pairs, keys, cut, heads, config.merge_into_sinks)
 
 
 def _pooled(pool: PagedTensors, pairs: Pairs, config: D2OConfig, window: Tensor) -> Tensor:
@@ -114,12 +116,15 @@ def _write_keys(
     )
 
 
-def _split(pairs: Pairs, keys: Tensor, cut: Tensor, heads: int, into_sinks: bool) -> Selection:
+def split(pairs: Pairs, keys: Tensor, cut: Tensor, heads: int, into_sinks: bool) -> Selection:
+    """Tells survivors from the others by their keys [pairs, choices, most_used]; writes ``cut`` [pairs, choices]."""
+
     def lists(width: int) -> Tensor:
         return torch.empty(*cut.shape, width, dtype=torch.int32, device=cut.device)
 
     kept, evicted = lists(pairs.most_kept), lists(pairs.most_evicted)
     fallback = torch.empty_like(cut, dtype=torch.int32)
+    block, warps = next(((block, warps) for block, warps in HELD if pairs.most_used <= block), (_BLOCK, 8))
     split_kernel[(cut.numel(),)](
         keys,
         cut,
@@ -131,10 +136,11 @@ def _split(pairs: Pairs, keys: Tensor, cut: Tensor, heads: int, into_sinks: bool
         pairs.most_used,
         pairs.most_kept,
         pairs.most_evicted,
-        CHOICES=cut.shape[1],
-        INTO_SINKS=into_sinks,
-        BLOCK=_BLOCK,
-        num_warps=8,
+        cut.shape[1],
+        int(into_sinks),
+        HELD=pairs.most_used <= block,
+        BLOCK=block,
+        num_warps=warps,
     )
 
     def each(of: Tensor) -> Tensor:

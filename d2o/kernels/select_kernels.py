@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from d2o.kernels.pairs import CLASS_SHIFT, SINK, is_target, slot_row
+from d2o.kernels.pairs import CLASS_SHIFT, SINK, slot_row
 
 _RANK_SHIFT = tl.constexpr(29)
 _AGE_MASK = tl.constexpr((1 << 29) - 1)
@@ -57,6 +57,27 @@ def _kth(
         above = tl.where(digit == 1, above1, tl.where(digit == 2, above2, tl.where(digit == 3, above3, above)))
         cut = cut + digit * step
         shift = tl.where(above == wanted, -2, shift - 2).to(tl.int64)
+    return cut
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _kth_held(key: tl.tensor, wanted: tl.tensor) -> tl.tensor:
+    """As :func:`_kth`, of fewer than 65,536 keys that a program holds, -1 where there is none.
+
+    By thirds: two counts fit one integer, and so one sum over the program's threads.
+    """
+    cut = tl.full((), 0, tl.int64)
+    above = tl.full((), -1, tl.int32)
+    width = tl.full((), 1, tl.int64) << 62
+    while width > 1:
+        third = (width + 2) // 3
+        counts = (key >= cut + third).to(tl.int32) + ((key >= cut + 2 * third).to(tl.int32) << 16)
+        both = tl.sum(counts, 0)
+        above1, above2 = both & 0xFFFF, both >> 16
+        digit = (above1 >= wanted).to(tl.int64) + (above2 >= wanted).to(tl.int64)
+        above = tl.where(digit == 1, above1, tl.where(digit == 2, above2, above))
+        cut = cut + digit * third
+        width = tl.where(above == wanted, 1, third).to(tl.int64)
     return cut
 
 
@@ -144,7 +165,8 @@ def keys_kernel(
     tl.store(keys + choice.to(tl.int64) * width + slot, key, mask=slot < width)
 
 
-@triton.jit(do_not_specialize=["width", "most_kept", "most_evicted"])  # type: ignore[untyped-decorator]
+# All but the block is decided when it runs: each size of it is a kernel of its own already.
+@triton.jit(do_not_specialize=["width", "most_kept", "most_evicted", "choices", "into_sinks"])  # type: ignore[untyped-decorator]
 def split_kernel(
     keys: tl.tensor,
     cut: tl.tensor,
@@ -156,16 +178,23 @@ def split_kernel(
     width: tl.tensor,
     most_kept: tl.tensor,
     most_evicted: tl.tensor,
-    CHOICES: tl.constexpr,
-    INTO_SINKS: tl.constexpr,
+    choices: tl.tensor,
+    into_sinks: tl.tensor,
+    HELD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
+    """Program (choice). HELD: no choice has more than BLOCK slots."""
     choice = tl.program_id(0).to(tl.int64)
-    count = tl.load(used + choice // CHOICES)
+    pair = choice // choices
+    count, wanted = tl.load(used + pair), tl.load(keep + pair)
     own = keys + choice * width
-    lowest = _kth(own, count, tl.load(keep + choice // CHOICES), BLOCK)
-    tl.store(cut + choice, lowest)
     lane = tl.arange(0, BLOCK)
+    if HELD:
+        held = tl.load(own + lane, mask=lane < count, other=-1)
+        lowest = _kth_held(held, wanted)
+    else:
+        lowest = _kth(own, count, wanted, BLOCK)
+    tl.store(cut + choice, lowest)
     before = tl.full((), 0, tl.int32)
     first = tl.full((), _NO_SLOT, tl.int32)
     for start in range(0, count, BLOCK):
@@ -178,5 +207,6 @@ def split_kernel(
         tl.store(kept + choice * most_kept + rank, slot, mask=survives & (rank < most_kept))
         tl.store(evicted + choice * most_evicted + (slot - rank), slot, mask=goes)
         before += tl.sum(ones, 0)
-        first = tl.minimum(first, tl.min(tl.where(is_target(key, lowest, INTO_SINKS), slot, _NO_SLOT), 0))
+        target = survives & ((into_sinks > 0) | ((key >> CLASS_SHIFT) != SINK))
+        first = tl.minimum(first, tl.min(tl.where(target, slot, _NO_SLOT), 0))
     tl.store(fallback + choice, tl.where(first == _NO_SLOT, -1, first))

@@ -1,4 +1,4 @@
-"""Compiles ahead of the first prompt what it will be scored by: in mid-service all streams would wait for it."""
+"""Compiles ahead what longer prompts and caches than those of a trial need: in mid-service all streams would wait."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from d2o.attention import ScoreTarget
 from d2o.kernels.column_sums import Tiling, add_column_sums
 from d2o.kernels.column_sums_packed import add_column_sums_packed, pack_targets
+from d2o.kernels.pairs import Pairs
+from d2o.kernels.select import HELD, split
 
 # Blocks of queries and a stride: all count; a sample and the last block, which is not of it; a sample that it is of.
 _SAMPLES = ((2, 1), (2, 2), (3, 2))
@@ -35,3 +37,12 @@ def warm_column_sums(
         add_column_sums(q[:, part], k[:, part], lse[:, part], observed, start=0, scale=1.0)
         packed = pack_targets([observed, observed], [0, length])
         add_column_sums_packed(q, k, lse, packed, layer=0, scale=1.0)
+
+
+def warm_selection(device: torch.device) -> None:
+    """Has the kernels compiled that choose survivors, for caches of any length. Nothing waits for the device."""
+    one = torch.ones(1, dtype=torch.int32, device=device)
+    keys = torch.arange(2, device=device).view(1, 1, 2)
+    for most in (1, *(held + 1 for held, _ in HELD)):
+        pairs = Pairs(0 * one, one.view(1, 1), 2 * one, one, 2 * one, one, 0 * one, most, most_kept=1, most_evicted=1)
+        split(pairs, keys, torch.empty(1, 1, dtype=torch.int64, device=device), heads=1, into_sinks=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2o.kernels.decode import DecodeConfig, DecodeGrid, DecodeWorkspace, decode_attention, plan_decode
 from d2o.kernels.paged import PagedTensors
-from d2o.kernels.pending import Pending, settle
+from d2o.kernels.pending import PART_SLOTS, Pending, settle
 from d2o.kernels.reference import decode as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,10 +97,13 @@ class Case:
         made.level.fill_(math.nan)
         return made
 
-    def settle(self, pool: PagedTensors, pending: Pending, layer: int, used: Tensor | None = None) -> None:
+    def settle(
+        self, pool: PagedTensors, pending: Pending, layer: int, used: Tensor | None = None, part: int = PART_SLOTS
+    ) -> None:
         """Adds what is pending of all sequences in a layer."""
-        places = layer * self.table.shape[1] + self.rows
-        settle(pool, pending, places, self.table[layer, self.rows.long()], self.counts[layer] if used is None else used)
+        places, used = layer * self.table.shape[1] + self.rows, self.counts[layer] if used is None else used
+        tables = self.table[layer, self.rows.long()]
+        settle(pool, pending, places, tables, used, most_used=int(used.max()), part_slots=part)
 
     def rule(self, **changed: Any) -> dict[str, Any]:
         plain = {"window": None, "softcap": None, "bias": True, "score": True}

@@ -26,10 +26,12 @@ JUDGE = {"HEADS": 8, "HEADS_PAD": 8, "EVICTED": 64, "RULE": 1, "LAYER": False}
 WORK = [
     (select_kernels.keys_kernel, KEYS, 4, 3),
     (select_kernels.cut_kernel, {"CHOICES": 8, "BLOCK": 2048}, 8, 3),
-    (select_kernels.split_kernel, {"CHOICES": 8, "INTO_SINKS": False, "BLOCK": 2048}, 8, 3),
+    (select_kernels.split_kernel, {"HELD": False, "BLOCK": 2048}, 8, 3),
+    (select_kernels.split_kernel, {"HELD": True, "BLOCK": 8192}, 8, 3),
     (nearest_kernels.stage_kernel, SEARCH | {"BLOCK": 32}, 4, 3),
     (nearest_kernels.staged_kernel, SEARCH | {"EVICTED": 128, "SLOTS": 128}, 8, 2),
     (nearest_kernels.direct_kernel, SEARCH | {"EVICTED": 32, "SLOTS": 64}, 4, 3),
+    (nearest_kernels.direct_kernel, SEARCH | {"EVICTED": 64, "SLOTS": 128}, 8, 3),
     (fold_kernels.segments_kernel, {"BLOCK": 2048}, 8, 3),
     (fold_kernels.fold_kernel, FOLD, 1, 3),
     (fold_kernels.fold_few_kernel, FOLD | {"EVICTED": 32}, 1, 3),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from d2o.kernels.decode import DecodeGrid, decode_attention, plan_decode
 from d2o.kernels.paged import PagedTensors
+from d2o.kernels.pending import PART_SLOTS
 from d2o.kernels.reference import decode as reference
 from tests.d2o.kernels.decode_case import DEVICE, Case
 
@@ -47,8 +48,8 @@ class Steps:
         assert (out.float() - wanted).norm() < (1e-5 if out.dtype == torch.float32 else 1e-2) * wanted.norm()
         self.lengths[:, some] += 1
 
-    def settle(self) -> None:
-        self.case.settle(self.pool, self.pending, 0, self.lengths[0] - 1)
+    def settle(self, part: int = PART_SLOTS) -> None:
+        self.case.settle(self.pool, self.pending, 0, self.lengths[0] - 1, part)
         self.owed.clear()
 
     def assert_scores(self) -> None:
@@ -108,6 +109,17 @@ def test_the_newest_queries_of_a_tile_give_nothing_to_what_came_after_them() -> 
     for _ in range(12):
         steps.step()
         steps.assert_scores()
+
+
+@pytest.mark.parametrize("part", [1, 32, 70])
+def test_parts_of_a_sequence_settle_what_the_whole_does(part: int) -> None:
+    steps = Steps(Case(lengths=[[40, 125, 5, 1]], kv_heads=2, head_dim=64, group=4))
+    for _ in range(3):
+        steps.step()
+    steps.settle(part)
+    steps.assert_scores()
+    assert not steps.pending.count.any()
+    assert not steps.pending.arrivals.any()
 
 
 def test_settled_queries_give_nothing_more() -> None:

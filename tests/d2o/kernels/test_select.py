@@ -9,6 +9,7 @@ import torch
 
 from d2o import eviction
 from d2o.config import D2OConfig, Policy, Ranking, Scope
+from d2o.kernels import select as kernels
 from d2o.kernels.reference.evict import slots_of
 from d2o.kernels.select import Selection, select
 from tests.d2o.kernels.caches import Case, random_case
@@ -96,6 +97,15 @@ def test_scores_that_differ_in_the_last_bit_are_told_apart() -> None:
 def test_without_a_survivor_that_may_be_merged_into_there_is_no_fallback() -> None:
     case = random_case([20], [4])
     assert select(case.pool, case.pairs(D2OConfig()), D2OConfig(), None).fallback.tolist() == [[-1, -1]]
+
+
+@pytest.mark.parametrize("held", [(), ((64, 4),), ((16, 2), (256, 8))], ids=["none", "some", "all"])
+def test_keys_are_chosen_from_alike_whether_a_program_holds_them(
+    held: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "HELD", held)
+    assert_agrees(random_case([70, 33, 9], [30, 32, 1], heads=3, shuffled=True), CONFIGS["sums"])
+    assert_agrees(random_case([60], [20], heads=2, seed=4), CONFIGS["window quota"])
 
 
 @pytest.mark.gpu

@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from d2o.attention import ScoreTarget
-from d2o.kernels import column_sums, column_sums_packed
-from d2o.kernels.warm import warm_column_sums
+from d2o.kernels import column_sums, column_sums_packed, select
+from d2o.kernels.pairs import Pairs
+from d2o.kernels.warm import warm_column_sums, warm_selection
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,3 +75,28 @@ def test_no_prompt_needs_another_kernel(
 
 def test_it_runs() -> None:
     warm_column_sums(DEVICE, torch.float16, HEADS, KV_HEADS, 64, 1024)
+    warm_selection(DEVICE)
+
+
+class Noting:
+    """In a kernel's place: notes what tells the forms apart that would have been launched."""
+
+    def __init__(self) -> None:
+        self.forms: set[tuple[object, ...]] = set()
+
+    def __getitem__(self, grid: object) -> Any:
+        return lambda *_, HELD, BLOCK, num_warps: self.forms.add((HELD, BLOCK, num_warps))
+
+
+def test_no_cache_needs_another_kernel_for_choosing_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Noting()
+    monkeypatch.setattr(select, "split_kernel", kernel)
+    warm_selection(CPU)
+    warmed = kernel.forms
+    kernel.forms = set()
+    one = torch.ones(1, dtype=torch.int32)
+    for used in (2, 33, 1024, 2048, 2049, 4096, 4097, 8192, 8193, 100_000):
+        pairs = Pairs(one, one.view(1, 1), one, one, one, one, one, used, most_kept=1, most_evicted=1)
+        select.split(pairs, torch.empty(1, 1, used), torch.empty(1, 1, dtype=torch.int64), heads=1, into_sinks=False)
+    assert kernel.forms == warmed
+    assert len(warmed) == 4

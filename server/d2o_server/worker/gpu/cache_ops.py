@@ -109,7 +109,7 @@ class KernelCacheOps:
     def read_scores(self, layers: Tensor, row: int, slots: int) -> Tensor:
         places = layers * self.table.shape[1] + row
         both = upload(torch.stack([places, torch.full_like(places, slots)]).int(), self.pool.device)
-        settle(self.paged, self.pending, both[0], self.table.flatten(0, 1)[both[0]], both[1])
+        settle(self.paged, self.pending, both[0], self.table.flatten(0, 1)[both[0]], both[1], most_used=slots)
         pages, _ = self._pages(layers, row, slots)
         return self.pool.score[pages].transpose(1, 2).flatten(2)[..., :slots]
 

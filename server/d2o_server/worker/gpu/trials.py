@@ -9,7 +9,7 @@ import torch
 from d2o.config import D2OConfig, LayerBudgets, Policy
 from d2o.kernels.decode import DecodeGrid, plan_decode
 from d2o.kernels.pairs import FEW
-from d2o.kernels.warm import warm_column_sums
+from d2o.kernels.warm import warm_column_sums, warm_selection
 from d2o_server.errors import OutOfDeviceMemory, StartupError
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.warm_up import Trial, try_together, warm_up
@@ -36,6 +36,7 @@ def run_trials(core: WorkerCore, chunk: int) -> None:
     warm_column_sums(
         pool.device, pool.k.dtype, core.runner.caches.query_heads, pool.kv_heads, pool.head_dim, tokens=longest
     )
+    warm_selection(pool.device)
     # Steps without a graph, of each size that their plan comes in; one row of the pool is padding.
     most = max(2, pool.block_table.shape[1] - 1)
     for size in (1 << power for power in range((most - 1).bit_length() + 1)):
