@@ -17,7 +17,7 @@ from d2o.kernels.decode import (
     decode_attention,
     plan_decode,
 )
-from d2o.kernels.decode_plan import WORTH_SLOTS
+from d2o.kernels.decode_plan import MOST_AT_ONCE, WORTH_SLOTS
 from d2o.kernels.paged import PagedTensors
 from d2o.kernels.pending import Pending, depth_of, settle
 from d2o.kernels.reference import decode as reference
@@ -90,7 +90,7 @@ class Batch:
     def workspace(self, grid: DecodeGrid | None = None) -> DecodeWorkspace:
         heads = self.heads
         return DecodeWorkspace.allocate(
-            grid or self.grid(),
+            grid or self.grid(MOST_AT_ONCE),
             heads=heads.kv_heads * heads.group,
             kv_heads=heads.kv_heads,
             head_dim=heads.head_dim,
@@ -115,8 +115,8 @@ class Batch:
         most = max(self.shape.lengths)
         settle(self.pool, pending, places, self.table[layer], self.lengths[layer], most_used=most)
 
-    def grid(self) -> DecodeGrid:
-        return DecodeGrid.of(len(self.shape.lengths), self.heads.kv_heads, torch.device("cuda"))
+    def grid(self, at_once: int = 0) -> DecodeGrid:
+        return DecodeGrid.of(len(self.shape.lengths), self.heads.kv_heads, torch.device("cuda"), at_once)
 
     def rule(self, **changed: Any) -> dict[str, Any]:
         return {"scale": self.heads.head_dim**-0.5, "window": None, "softcap": None} | changed
@@ -126,15 +126,18 @@ class Batch:
 
     def time(self, mode: dict[str, bool], config: DecodeConfig | None = None, worth: int = WORTH_SLOTS) -> float:
         """Milliseconds of one layer's attention; with scores the mean of as many steps as queries come together."""
-        grid = replace(self.grid(), worth=worth)
-        plan, workspace, rule = plan_decode(self.lengths, grid), self.workspace(grid), self.rule(bias=mode["bias"])
+        workspace, rule = self.workspace(), self.rule(bias=mode["bias"])
         pending = self.pending() if mode["score"] else None
 
-        def attend(layer: int) -> Tensor:
+        def attend(layer: int, plan: DecodePlan) -> Tensor:
             return decode_attention(
                 *self.inputs, plan, layer, workspace=workspace, pending=pending, config=config, **rule
             )
 
+        # Once it has run, it is known how many programs run at once.
+        attend(0, plan_decode(self.lengths, self.grid()))
+        grid = replace(self.grid(workspace.at_once[mode["score"]]), worth=worth)
+        plan = plan_decode(self.lengths, grid)
         steps = 1 if pending is None else pending.depth
         if pending is not None:
             # In the middle of service: rows begin and are settled at different times.
@@ -144,7 +147,7 @@ class Batch:
             if pending is not None:
                 pending.tick()
             for layer in range(self.layers):
-                attend(layer)
+                attend(layer, plan)
 
         return time_graph([step] * steps) / self.layers
 

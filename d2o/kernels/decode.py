@@ -16,6 +16,7 @@ from torch import Tensor
 
 from d2o.kernels.decode_kernels import attend_kernel
 from d2o.kernels.decode_plan import SHARE_SLOTS, DecodeGrid, DecodePlan, DecodeWorkspace, plan_decode
+from d2o.kernels.launch import programs_at_once
 from d2o.kernels.paged import PagedTensors, described
 from d2o.kernels.pending import LOG2E, Pending
 
@@ -117,7 +118,7 @@ def decode_attention(
         else (pending.query, pending.level, pending.count, pending.clock, pending.rule)
     )
     depth = 1 if pending is None else pending.depth
-    attend_kernel[kv_heads, grid.items](
+    launched = attend_kernel[kv_heads, grid.items](
         out,
         q,
         k_new,
@@ -151,4 +152,6 @@ def decode_attention(
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
+    if launched is not None and (pending is not None) not in workspace.at_once:
+        workspace.at_once[pending is not None] = programs_at_once(launched, chosen.warps, q.device)
     return out

@@ -4,11 +4,14 @@ Sequences of one batch differ in length by orders of magnitude, so the split is 
 into work items of about ``total / target`` slots each, however long the sequences are, but no shorter than starting a
 program is worth. A sequence has one item more than its share at most, so ``target + batch`` items always suffice and
 the grid is fixed for a batch size.
+
+Programs run in rounds of as many as the GPU holds. Where a last round would be small, as 67 whole sequences are one
+full round of 66 and one sequence that all others wait for, the sequences that begin it are cut as finely as fills it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -21,11 +24,16 @@ SHARE_SLOTS = 128
 WORTH_SLOTS = 2048
 """The best ``worth`` of a grid (docs/adr/0009)."""
 
-ROUNDS = 16
+ROUNDS = 6
 """Of programs on a GPU that a batch is cut into at most; one round is enough where the parts would be short."""
 
-# Programs of the attention kernel that surely run at once on a processor.
+MOST_AT_ONCE = 8
+"""Programs of the attention kernel on a processor that a plan reckons with at most."""
+
+# Programs of it that surely run at once on a processor.
 _AT_ONCE = 2
+# A last round is filled where it is less full than that, in percent: a fuller one takes no longer than finer parts.
+_FILLED_BELOW = tl.constexpr(45)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +43,33 @@ class DecodeGrid:
     Attributes:
         items: work items of the launch, the same for all lengths.
         worth: slots of a sequence that are not split, unless such items leave processors without work.
+        at_once: items that run at once, which are not shared out but kept for filling the last round; 0: unknown.
     """
 
     items: int
     worth: int = WORTH_SLOTS
+    at_once: int = 0
 
     @classmethod
-    def of(cls, batch: int, kv_heads: int, device: torch.device) -> DecodeGrid:
-        """Up to ``ROUNDS`` rounds of programs on a GPU, and one for each sequence; anything goes elsewhere."""
+    def of(cls, batch: int, kv_heads: int, device: torch.device, at_once: int = 0) -> DecodeGrid:
+        """Up to ``ROUNDS`` rounds of programs on a GPU, and one for each sequence; anything goes elsewhere.
+
+        Args:
+            batch, kv_heads: of the attention.
+            device: that it runs on.
+            at_once: programs that a processor runs at once, as the launches before have shown
+                (:attr:`DecodeWorkspace.at_once`); more than ``MOST_AT_ONCE`` count as that.
+        """
         if device.type != "cuda":
             return cls(batch + ROUNDS)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        return cls(batch + -(-ROUNDS * _AT_ONCE * processors // kv_heads))
+        once = min(at_once, MOST_AT_ONCE) * processors // kv_heads
+        return cls(batch + -(-ROUNDS * _AT_ONCE * processors // kv_heads) + once, at_once=once)
+
+    @property
+    def shares(self) -> int:
+        """Items that slots are shared out among, one for each sequence included."""
+        return self.items - self.at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +115,14 @@ class DecodeWorkspace:
         partial: [items, kv_heads, group, head_dim] float32, each item's unnormalised output.
         peak, total: [items, kv_heads, group] float32, its largest logit (base 2) and its sum of exponentials.
         arrivals: [items, kv_heads] int32, how many of a sequence's items are done; 0 between launches.
+        at_once: programs that a processor runs at once, by whether they keep scores; known once they have run.
     """
 
     partial: Tensor
     peak: Tensor
     total: Tensor
     arrivals: Tensor
+    at_once: dict[bool, int] = field(default_factory=dict)
 
     @classmethod
     def allocate(
@@ -126,19 +151,27 @@ def plan_decode(lengths: Tensor, grid: DecodeGrid, *, out: DecodePlan | None = N
     """
     layers, batch = lengths.shape
     items = grid.items
-    if items <= batch:
-        raise ValueError(f"items: got {items}, allowed is more than the batch of {batch}")
+    if grid.shares <= batch:
+        raise ValueError(
+            f"items: got {items}, {grid.at_once} of them at once, allowed is more than the batch of {batch} beside them"
+        )
     plan = DecodePlan.empty(lengths, grid) if out is None else out
     padded = triton.next_power_of_2(batch)
     tile = max(1, min(64, 8192 // padded))
     _plan_kernel[layers, triton.cdiv(items, tile)](
         *(lengths, plan.share, plan.first, plan.owner),
-        *(batch, items, SHARE_SLOTS, grid.worth, ROUNDS, padded, tile),
+        *(batch, items, grid.shares - batch, grid.at_once, SHARE_SLOTS, grid.worth, ROUNDS, padded, tile),
     )
     return plan
 
 
-@triton.jit(do_not_specialize=["batch", "items"], do_not_specialize_on_alignment=["lengths"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
+def _units(slots: tl.tensor, UNIT: tl.constexpr) -> tl.tensor:
+    """Slots rounded up to whole units, of which there is one at least."""
+    return tl.maximum(tl.cdiv(slots, UNIT) * UNIT, UNIT)
+
+
+@triton.jit(do_not_specialize=["batch", "items", "target", "at_once"], do_not_specialize_on_alignment=["lengths"])  # type: ignore[untyped-decorator]
 def _plan_kernel(
     lengths: tl.tensor,
     share: tl.tensor,
@@ -146,6 +179,8 @@ def _plan_kernel(
     owner: tl.tensor,
     batch: tl.tensor,
     items: tl.tensor,
+    target: tl.tensor,
+    at_once: tl.tensor,
     UNIT: tl.constexpr,
     WORTH: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -158,11 +193,18 @@ def _plan_kernel(
     inside = index < batch
     length = tl.load(lengths + layer * batch + index, mask=inside, other=0)
     slots = tl.sum(length, 0)
-    once = tl.cdiv(ROUNDS * slots, items - batch)
-    limit = tl.maximum(tl.cdiv(slots, items - batch), tl.minimum(WORTH, once))
-    limit = tl.maximum(tl.cdiv(limit, UNIT) * UNIT, UNIT)
-    even = tl.cdiv(length, tl.maximum(tl.cdiv(length, limit), 1))
-    even = tl.maximum(tl.cdiv(even, UNIT) * UNIT, UNIT)
+    once = tl.cdiv(ROUNDS * slots, target)
+    limit = _units(tl.maximum(tl.cdiv(slots, target), tl.minimum(WORTH, once)), UNIT)
+    even = _units(tl.cdiv(length, tl.maximum(tl.cdiv(length, limit), 1)), UNIT)
+    parts = tl.cdiv(length, even)
+    # Sequences of a unit, as those that pad a batch, are not cut and hold nobody up.
+    counted = tl.where(length > UNIT, parts, 0)
+    full = tl.sum(counted, 0) // tl.maximum(at_once, 1) * at_once
+    over = tl.sum(counted, 0) - full
+    fills = (full > 0) & (over * 100 < at_once * _FILLED_BELOW)
+    begins = tl.cumsum(counted, 0) - counted >= full
+    finer = _units(tl.cdiv(even * over, tl.maximum(at_once, 1)), UNIT)
+    even = tl.where(fills & begins, tl.minimum(even, finer), even)
     stop = tl.cumsum(tl.cdiv(length, even), 0)
     item = tile * TILE + tl.arange(0, TILE)
     before = tl.sum(((stop[None, :] <= item[:, None]) & inside[None, :]).to(tl.int32), 1)

@@ -7,11 +7,33 @@ from typing import Any, NamedTuple
 
 import torch
 
+_QUARTERS = 4
+_SHARED_OF_ITS_OWN = 1024
+"""Bytes that a program has besides those it asks for."""
+
 
 @cache
 def fetches_tiles(device: torch.device) -> bool:
     """Whether it is a GPU with an engine that copies tiles of tensors by itself: compute capability 9.0 or later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def programs_at_once(kernel: Any, warps: int, device: torch.device) -> int:
+    """Programs of a compiled kernel that a processor of a GPU runs at once, by registers, shared memory and threads.
+
+    Args:
+        kernel: what its launch has returned.
+        warps: of a program.
+        device: that it was launched on.
+    """
+    gpu = torch.cuda.get_device_properties(device)
+    # A quarter of a processor has a quarter of its registers, and gives them to warps by eight a thread.
+    registers = -(-kernel.n_regs // 8) * 8 * gpu.warp_size
+    quarter = gpu.regs_per_multiprocessor // _QUARTERS  # type: ignore[attr-defined]  # left out of torch's stubs
+    by_registers = _QUARTERS * (quarter // registers) // warps
+    by_memory = gpu.shared_memory_per_multiprocessor // (kernel.metadata.shared + _SHARED_OF_ITS_OWN)
+    by_threads = gpu.max_threads_per_multi_processor // (warps * gpu.warp_size)
+    return int(max(1, min(by_registers, by_memory, by_threads)))
 
 
 class Options(NamedTuple):

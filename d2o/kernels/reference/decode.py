@@ -64,15 +64,24 @@ def decode_attention(
     return out.to(q.dtype)
 
 
-def plan_shares(lengths: list[int], target: int, unit: int, worth: int) -> list[int]:
+def plan_shares(lengths: list[int], target: int, unit: int, worth: int, at_once: int = 0) -> list[int]:
     """Slots of each item but the last, for one layer's sequences: equal parts, none larger than a target's share.
 
-    Unless that is less than ``worth``: then as much, while it leaves one of the target's ``ROUNDS`` rounds.
+    Unless that is less than ``worth``: then as much, while it leaves one of the target's ``ROUNDS`` rounds. Where the
+    last round of ``at_once`` items would be less than 45 % full, the sequences that it begins with are cut finer.
     """
 
-    def whole_units(slots: int, parts: int) -> int:
-        return max(1, math.ceil(math.ceil(slots / parts) / unit)) * unit
+    def whole_units(slots: float) -> int:
+        return max(1, math.ceil(slots / unit)) * unit
 
     slots = sum(lengths)
-    limit = whole_units(max(math.ceil(slots / target), min(worth, math.ceil(ROUNDS * slots / target))), 1)
-    return [whole_units(length, math.ceil(length / limit)) for length in lengths]
+    limit = whole_units(max(math.ceil(slots / target), min(worth, math.ceil(ROUNDS * slots / target))))
+    shares = [whole_units(math.ceil(length / math.ceil(length / limit))) for length in lengths]
+    parts = [math.ceil(length / share) * (length > unit) for length, share in zip(lengths, shares, strict=True)]
+    full = sum(parts) // at_once * at_once if at_once else 0
+    over = sum(parts) - full
+    if full and 100 * over < 45 * at_once:
+        for sequence in range(len(lengths)):
+            if sum(parts[:sequence]) >= full:
+                shares[sequence] = min(shares[sequence], whole_units(math.ceil(shares[sequence] * over / at_once)))
+    return shares

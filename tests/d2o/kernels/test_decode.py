@@ -15,6 +15,7 @@ from d2o.kernels.decode import (
     decode_attention,
     plan_decode,
 )
+from d2o.kernels.decode_plan import MOST_AT_ONCE
 from d2o.kernels.reference import decode as reference
 from tests.d2o.kernels.decode_case import DEVICE, Case
 
@@ -63,6 +64,13 @@ def test_a_long_sequence_beside_short_ones_is_split_over_many_items() -> None:
     case = Case(lengths=[[5, 1500, 128, 1]], kv_heads=1, group=2)
     case.check(grid=DecodeGrid(4 + 20), config=DecodeConfig(block=16))
     case.check(grid=DecodeGrid(4 + 1), config=DecodeConfig(block=32))
+
+
+def test_sequences_that_begin_a_last_round_are_split_over_more_items() -> None:
+    case = Case(lengths=[[300, 290, 300, 310, 305, 1]], kv_heads=1, group=2)
+    grid = DecodeGrid(6 + 6 + 4, at_once=4)
+    assert plan_decode(case.counts, grid).first[0].diff().tolist() == [1, 1, 1, 1, 3, 1]
+    case.check(grid=grid)
 
 
 def test_one_workspace_serves_layer_after_layer() -> None:
@@ -156,7 +164,22 @@ def test_real_lengths_on_the_gpu(dtype: torch.dtype, head_dim: int, group: int) 
 @pytest.mark.parametrize("lengths", [[1500 + 37 * n for n in range(160)], [20000, *range(1, 120)], [131072]])
 def test_long_and_many_sequences(lengths: list[int]) -> None:
     case = Case(lengths=[lengths], kv_heads=8, head_dim=128, dtype=torch.bfloat16)
-    case.check(grid=DecodeGrid.of(len(lengths), 8, torch.device("cuda")))
+    for at_once in (0, 4, 6):
+        case.check(grid=DecodeGrid.of(len(lengths), 8, torch.device("cuda"), at_once))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_launch_tells_how_many_programs_run_at_once() -> None:
+    case = Case(lengths=[[600] * 70], kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    grid = DecodeGrid.of(70, 8, torch.device("cuda"), MOST_AT_ONCE)
+    workspace = case.workspace(grid)
+    inputs = (case.q, case.k_new, case.v_new, case.pool, case.table, case.rows, case.positions)
+    for pending in (None, case.pending()):
+        plan = plan_decode(case.counts, DecodeGrid.of(70, 8, torch.device("cuda")))
+        decode_attention(*inputs, plan, 0, workspace=workspace, pending=pending, **case.launch_rule())
+    assert 1 <= workspace.at_once[True] <= workspace.at_once[False] <= 32
+    case.check(grid=DecodeGrid.of(70, 8, torch.device("cuda"), workspace.at_once[True]))
 
 
 @pytest.mark.gpu

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from d2o.kernels.launch import Launcher, Options, eighths
+from d2o.kernels.launch import Launcher, Options, eighths, programs_at_once
 
 
 class FakeKernel:
@@ -59,3 +60,28 @@ def test_strides_are_told_in_eighths() -> None:
     assert eighths(by_token, torch.zeros(2, 5, 24)) == (3, 6, 15, 3)
     with pytest.raises(ValueError, match="head_dim must be one"):
         eighths(torch.zeros(2, 5, 20))
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "programs"),
+    [
+        (224, 39_456, 2, 4),  # decode attention with scores: its registers, two warps to a quarter of the processor
+        (127, 35_344, 2, 6),  # and without: its shared memory
+        (32, 0, 2, 32),  # threads
+        (40, 0, 3, 16),  # registers by the quarter: 12 warps each
+        (255, 0, 16, 1),  # never none, as it did run
+        (16, 231_424, 4, 1),
+    ],
+)
+def test_programs_at_once_are_what_registers_memory_and_threads_allow(
+    registers: int, shared: int, warps: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hopper = SimpleNamespace(
+        warp_size=32,
+        regs_per_multiprocessor=65_536,
+        shared_memory_per_multiprocessor=233_472,
+        max_threads_per_multi_processor=2048,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: hopper)
+    kernel = SimpleNamespace(n_regs=registers, metadata=SimpleNamespace(shared=shared))
+    assert programs_at_once(kernel, warps, torch.device("cuda")) == programs

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from d2o.kernels.decode import DecodeGrid, DecodePlan, DecodeWorkspace, plan_decode
+from d2o.kernels.decode_plan import MOST_AT_ONCE
 from d2o_server.worker.gpu.batch_sizes import BatchSize, multiplying_by
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.device import upload
@@ -124,7 +125,8 @@ class DecodeGraphs:
     def _run(self, size: int, scored: bool) -> Logits:
         """What is captured: everything from the newest tokens to the next ones."""
         rows, positions, lengths = self._inputs.views(size)
-        grid = DecodeGrid.of(size, self._ops.pool.kv_heads, self._ops.pool.device)
+        pool, at_once = self._ops.pool, self._workspace.at_once.get(scored, 0)
+        grid = DecodeGrid.of(size, pool.kv_heads, pool.device, at_once)
         plan = plan_decode(lengths, grid, out=DecodePlan.empty(lengths, grid))
         pending = self._ops.pending if scored else None
         if pending is not None:
@@ -142,7 +144,7 @@ class DecodeGraphs:
 def workspace_for(ops: KernelCacheOps, query_heads: int, most: int) -> DecodeWorkspace:
     """Scratch for batches of up to ``most`` sequences."""
     pool = ops.pool
-    grid = DecodeGrid.of(most, pool.kv_heads, pool.device)
+    grid = DecodeGrid.of(most, pool.kv_heads, pool.device, MOST_AT_ONCE)
     return DecodeWorkspace.allocate(
         grid, heads=query_heads, kv_heads=pool.kv_heads, head_dim=pool.head_dim, device=pool.device
     )

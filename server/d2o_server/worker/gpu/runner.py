@@ -152,8 +152,10 @@ class KernelRunner(Runner):
         unused = torch.ones(packed.shape[0], padding, dtype=torch.int64)
         unused[-2], unused[-1] = self._ops.padding_row, 0
         on_device = upload(torch.cat([packed, unused], 1).int(), pool.device)
-        plans = plan_decode(on_device[:-2], DecodeGrid.of(rows.numel() + padding, pool.kv_heads, pool.device))
         pending = self._ops.pending if self._keeps_scores(plan) else None
+        at_once = self._workspace.at_once.get(pending is not None, 0)
+        grid = DecodeGrid.of(rows.numel() + padding, pool.kv_heads, pool.device, at_once)
+        plans = plan_decode(on_device[:-2], grid)
         if pending is not None:
             pending.tick()
         return DecodePart(on_device[-2], on_device[-1], plans, self._workspace, pending, scored)
