@@ -16,6 +16,8 @@ from d2o.config import ConfigError, D2OConfig, LayerBudgets
 _RANGE_SLACK = 1e-6
 _SMALLEST = 1e-30
 _COVERED = 0.9
+# How near a first guess at a level surely comes.
+_NEAR = 2.0**-40
 _MOST_RATIO = 1.0
 _LEAST_POWER = 1e-12
 # Log variances of layers that deviate by less than this are not stretched to it (docs/adr/0018).
@@ -164,15 +166,40 @@ def _fill(shares: list[float], total: int, lowest: int, highest: int) -> list[in
 
 def _water_level(shares: list[float], total: int, lowest: int, highest: int) -> float:
     """The ``c`` at which ``sum of clamp(share * c, lowest, highest)`` is ``total``, approached from below."""
-    low, high = 0.0, highest / min(shares)
+
+    def filled(level: float) -> float:
+        return math.fsum([min(max(share * level, lowest), highest) for share in shares])
+
+    if filled(0.0) > total:
+        return 0.0
+    most = highest / min(shares)
+    near = _crossing(shares, total, lowest, highest)
+    step = near * _NEAR
+    low, high = max(0.0, near - step), min(most, near + step)
+    while filled(low) > total:
+        low, step = max(0.0, low - step), 2 * step
+    while high < most and filled(high) <= total:
+        high, step = min(most, high + step), 2 * step
     while True:
         middle = (low + high) / 2
         if middle in (low, high):
             return low
-        if math.fsum(min(max(share * middle, lowest), highest) for share in shares) <= total:
+        if filled(middle) <= total:
             low = middle
         else:
             high = middle
+
+
+def _crossing(shares: list[float], total: int, lowest: int, highest: int) -> float:
+    """:func:`_water_level` to a few roundings: a sum of straight lines, each of which bends twice."""
+    bends = sorted([(lowest / share, share) for share in shares] + [(highest / share, -share) for share in shares])
+    level, sum_there, slope = 0.0, float(len(shares) * lowest), 0.0
+    for bend, change in bends:
+        if slope > 0 and sum_there + slope * (bend - level) >= total:
+            return level + (total - sum_there) / slope
+        sum_there += slope * (bend - level)
+        level, slope = bend, slope + change
+    return level
 
 
 def _finite(densities: Sequence[float]) -> list[float]:
