@@ -59,23 +59,24 @@ def submit(core: WorkerCore, name: str, prompt: tuple[int, ...], config: D2OConf
 def occupied(core: WorkerCore, *, sequences: int, slots: int, config: D2OConfig, steps: int) -> Iterator[None]:
     """``sequences`` that hold ``slots`` slots a layer and decode, without having read a prompt.
 
-    Compressed ones stand at their budget, spread over a page, so that at every step about one page-th of them is due.
+    Compressed ones stand at their budget, spread over its slack, so that about as many of them are due at every step.
     """
     for index in range(sequences):
         submit(core, str(index), (1,) * slots, config, steps)
     admitted = core.scheduler.admit()
     if len(admitted) != sequences:
         raise RuntimeError(f"the pool holds {len(admitted)} of {sequences} sequences of {slots} slots")
-    caches, page = core.runner.caches, core.shape.page_size
+    caches = core.runner.caches
     for index, sequence in enumerate(admitted):
         core.runner.open(sequence)
         cache = core.runner.running[sequence.id].cache
-        caches.append(torch.tensor([cache.row]), torch.tensor([slots - index % page if config.enabled else slots]))
+        slack = core.shape.slack(config, cache.budget) if config.enabled else 1
+        caches.append(torch.tensor([cache.row]), torch.tensor([slots - index * slack // sequences % slack]))
         _number(caches.pool, cache.row)
         if config.enabled:
             cache.compressed = True
-            cache.budgets = [slots - page] * caches.pool.layers
-            caches.keep[:, cache.row] = slots - page
+            cache.budgets = [slots - slack] * caches.pool.layers
+            caches.keep[:, cache.row] = slots - slack
             caches.limit[:, cache.row] = slots
         sequence.prefilled, sequence.stage, sequence.launched = slots, Stage.DECODE, 1
         sequence.output.append(1)

@@ -108,9 +108,9 @@ def _decode(worker: Any, batch: int, slots: int, read_tb_s: float) -> dict[str, 
     kv = batch * slots * shape.layers * shape.kv_heads
     floor = (worker.weight_bytes + kv * slot_bytes) / read_tb_s / 1e9
     row: dict[str, Any] = {"sequences": batch, "slots": slots, "floor_ms": floor}
-    # On average over the sequences and the timed steps each run holds ``slots`` a sequence: with evictions from half a
-    # page below to half a page above, without them one more at every step.
-    half = core.shape.page_size // 2
+    # On average over the sequences and the timed steps each run holds ``slots`` a sequence: with evictions from half of
+    # the slack below to half of it above, without them one more at every step.
+    half = core.shape.slack(D2OConfig(), slots) // 2
     kept = D2OConfig(budget_tokens=slots - half)
     grown = _WARM_UP + _STEPS // 2
     for name, config, begin in (
@@ -207,7 +207,7 @@ def _parts(worker: Any, batch: int, slots: int, out: Path) -> dict[str, Any]:
     """Milliseconds of a decode step by kind of kernel, evictions included, and in which no kernel ran."""
     from benchmarks import _engine
 
-    config = D2OConfig(budget_tokens=slots - worker.core.shape.page_size)
+    config = D2OConfig(budget_tokens=slots - worker.core.shape.slack(D2OConfig(), slots))
     with _engine.occupied(worker.core, sequences=batch, slots=slots, config=config, steps=100):
         _engine.time_steps(worker.core, steps=8)
         with _profiler() as profile:

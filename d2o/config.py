@@ -139,7 +139,7 @@ class D2OConfig:
         threshold: how the similarity threshold moves; ``threshold_scope``: one a KV head or one a layer.
         beta: weight of the newest similarity in the moving threshold (paper: 0.7).
         alpha: weight of the old threshold; None is 1 - beta, as in the paper.
-        evict_interval: decode tokens between evictions; None is one page's worth.
+        evict_interval: decode tokens between evictions; None is a page's worth, of large budgets up to 64 tokens.
     """
 
     policy: Policy = Policy.D2O

@@ -8,6 +8,11 @@ from typing import NamedTuple
 from d2o.config import D2OConfig, Policy
 from d2o_server.errors import InvalidRequest
 
+MOST_SLACK = 64
+"""Slots of a layer's slack by default: as many as one program of decode eviction's kernels takes (ADR 0008)."""
+
+_BUDGET_TO_SLACK = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheShape:
@@ -25,9 +30,14 @@ class CacheShape:
         """Pages that hold this many slots."""
         return -(-slots // self.page_size)
 
-    def slack(self, config: D2OConfig) -> int:
-        """Slots that a layer may hold above its budget between evictions."""
-        return config.evict_interval or self.page_size
+    def slack(self, config: D2OConfig, budget: int) -> int:
+        """Slots that a layer may hold above its budget between evictions.
+
+        By default a page's worth, of which an average budget of 64 times as many has one more: all of a layer is read
+        for an eviction, however few slots it takes. Never more than ``MOST_SLACK``, or a page if that is larger.
+        """
+        pages = max(1, min(MOST_SLACK, budget // _BUDGET_TO_SLACK) // self.page_size)
+        return config.evict_interval or pages * self.page_size
 
 
 class Demand(NamedTuple):
@@ -73,7 +83,7 @@ def reserve(shape: CacheShape, config: D2OConfig, prompt_tokens: int, max_new_to
     if not config.enabled:
         return Reservation(peak=peak, resident=sliding + whole, config=config, budget=0)
     _check_dense_layers(shape, config, total, budget)
-    grows = shape.slack(config) if config.evicts_in_decode else max_new_tokens
+    grows = shape.slack(config, budget) if config.evicts_in_decode else max_new_tokens
     # Every layer's budget + slack is rounded up to a page: at most page_size - 1 slots each beyond the exact sum.
     bound = shape.full_layers * (budget + grows + shape.page_size - 1) // shape.page_size
     return Reservation(peak=peak, resident=sliding + min(whole, bound), config=config, budget=budget)

@@ -57,7 +57,7 @@ class CacheManager:
         self.ops.reset(row)
         cache = SequenceCache(row, config, reservation.budget, prompt, total_tokens)
         if config.evicts_in_decode and config.enabled and len(prompt) <= reservation.budget:
-            self.limit[self._full, row] = reservation.budget + self.shape.slack(config)
+            self.limit[self._full, row] = reservation.budget + self.shape.slack(config, reservation.budget)
         self.by_row[row] = cache
         return cache
 
@@ -179,7 +179,7 @@ class CacheManager:
         if not cache.compressed:
             return -1
         grows = cache.total_tokens - cache.prompt_tokens
-        slack = self.shape.slack(cache.config) if cache.config.evicts_in_decode else grows
+        slack = self.shape.slack(cache.config, cache.budget) if cache.config.evicts_in_decode else grows
         total = 0
         for layer, window in enumerate(self.shape.windows):
             most = cache.budgets[layer] + slack if window is None else window + self.shape.page_size
@@ -211,7 +211,9 @@ class CacheManager:
             cache.compressed = True
             self.keep[layers, cache.row] = torch.tensor([cache.budgets[i] for i in layers.tolist()])
             if cache.config.evicts_in_decode:
-                self.limit[layers, cache.row] = self.keep[layers, cache.row] + self.shape.slack(cache.config)
+                self.limit[layers, cache.row] = self.keep[layers, cache.row] + self.shape.slack(
+                    cache.config, cache.budget
+                )
 
     def _densities(self, received: Tensor, config: D2OConfig) -> Tensor:
         """The density [full layers] of all ranks' heads."""

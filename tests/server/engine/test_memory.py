@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2o.config import D2OConfig, LayerBudgets, Policy
+from d2o.kernels.pairs import FEW
 from d2o.pages import PagePool
-from d2o_server.engine.memory import CacheShape, PageLedger, Reservation, reserve
+from d2o_server.engine.memory import MOST_SLACK, CacheShape, PageLedger, Reservation, reserve
 from d2o_server.errors import InvalidRequest
 from d2o_server.worker.cache_ops import TorchCacheOps
 from d2o_server.worker.caches import CacheManager
@@ -36,6 +37,25 @@ def test_a_compressed_request_reserves_its_staging_or_its_budget_whichever_is_mo
     assert short.pages == short.resident > short.peak
     # Budget and a page of slack, with at most a page lost to rounding in each layer.
     assert 4 * 5 <= short.resident <= 4 * 6
+
+
+@pytest.mark.parametrize(
+    ("page", "slack"),
+    [
+        (16, {1: 16, 2047: 16, 2048: 32, 3072: 48, 4096: 64, 100_000: 64}),
+        (32, {1: 32, 4095: 32, 4096: 64, 100_000: 64}),
+        (64, {1: 64, 100_000: 64}),
+        (128, {1: 128, 100_000: 128}),
+    ],
+)
+def test_large_budgets_have_more_slack_in_whole_pages(page: int, slack: dict[int, int]) -> None:
+    shape = CacheShape(windows=(None,), page_size=page)
+    assert {budget: shape.slack(D2OConfig(), budget) for budget in slack} == slack
+    assert {shape.slack(D2OConfig(evict_interval=5), budget) for budget in slack} == {5}
+
+
+def test_no_default_slack_but_a_larger_page_s_is_more_than_decode_s_kernels_evict_at_once() -> None:
+    assert MOST_SLACK == FEW
 
 
 def test_more_generation_costs_a_compressed_request_nothing() -> None:
@@ -182,7 +202,7 @@ def test_no_request_ever_holds_more_than_was_reserved(
     cache, budget = life.cache, reservation.budget
     if cache.compressed:
         assert sum(cache.budgets) <= shape.full_layers * budget
-        slack = shape.slack(reservation.config) if reservation.config.evicts_in_decode else new
+        slack = shape.slack(reservation.config, reservation.budget) if reservation.config.evicts_in_decode else new
         used = life.caches.pool.used[:, cache.row].tolist()
         full = [layer for layer, window in enumerate(windows) if window is None]
         assert all(used[layer] < cache.budgets[layer] + slack for layer in full)
