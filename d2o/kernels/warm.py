@@ -18,12 +18,18 @@ _BLOCK = 64
 
 
 def warm_column_sums(
-    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, tokens: int
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    tokens: int,
+    softcap: float | None = None,
 ) -> None:
     """Has the kernels compiled that score prompts of up to ``tokens`` tokens, whichever of their queries count.
 
-    A kernel depends on how its work is cut and on which queries count, not on how many there are. Those for a softcap
-    or a sliding window are left out. Nothing waits for the device.
+    A kernel depends on how its work is cut, on which queries count and on whether there is a softcap, not on how many
+    or how much. Layers with a sliding window are not scored. Nothing waits for the device.
     """
     for blocks, stride in _SAMPLES:
         length = blocks * _BLOCK
@@ -32,11 +38,13 @@ def warm_column_sums(
         received, window = (torch.zeros(each, length, device=device) for each in (heads, kv_heads))
         plain = ScoreTarget(received, None, length, length, stride=stride, block=_BLOCK)
         for tiling in Tiling.defaults(dtype, head_dim, tokens):
-            add_column_sums(q[:, part], k[:, part], lse[:, part], plain, start=0, scale=1.0, tiling=tiling)
+            add_column_sums(
+                q[:, part], k[:, part], lse[:, part], plain, start=0, scale=1.0, softcap=softcap, tiling=tiling
+            )
         observed = replace(plain, window=window, window_start=length - 1)
-        add_column_sums(q[:, part], k[:, part], lse[:, part], observed, start=0, scale=1.0)
+        add_column_sums(q[:, part], k[:, part], lse[:, part], observed, start=0, scale=1.0, softcap=softcap)
         packed = pack_targets([observed, observed], [0, length])
-        add_column_sums_packed(q, k, lse, packed, layer=0, scale=1.0)
+        add_column_sums_packed(q, k, lse, packed, layer=0, scale=1.0, softcap=softcap)
 
 
 def warm_selection(device: torch.device) -> None:

@@ -186,6 +186,7 @@ def test_an_encoder_decoder_is_refused() -> None:
 def test_soft_capped_attention_is_served() -> None:
     model = _load(_source("gemma2", attn_logit_softcapping=30.0, query_pre_attn_scalar=24, sliding_window=32))
     assert describe(model.config).windows == (32, None)
+    assert describe(model.config).softcap == 30.0
 
 
 def test_a_described_window_that_a_layer_does_not_keep_is_refused() -> None:

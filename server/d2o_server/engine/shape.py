@@ -10,7 +10,7 @@ class ModelShape:
     """A causal language model as numbers.
 
     ``windows`` has one entry a layer: None where the layer attends to everything, or the window W where a query at
-    position p sees the keys at positions p - W + 1 to p.
+    position p sees the keys at positions p - W + 1 to p. ``softcap`` bounds attention's logits; None: nothing does.
     """
 
     architecture: str
@@ -22,6 +22,7 @@ class ModelShape:
     max_positions: int
     windows: tuple[int | None, ...]
     end_of_text_ids: tuple[int, ...]
+    softcap: float | None = None
 
     def bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of K and V that one token takes over all layers, with elements of ``element_bytes``."""

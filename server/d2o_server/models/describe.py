@@ -30,6 +30,7 @@ def describe(config: PreTrainedConfig, end_of_text_ids: Iterable[int] = ()) -> M
         max_positions=_max_positions(text),
         windows=_windows(text),
         end_of_text_ids=_merged(text.eos_token_id, end_of_text_ids),
+        softcap=getattr(text, "attn_logit_softcapping", None),
     )
 
 

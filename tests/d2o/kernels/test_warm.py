@@ -14,6 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from d2o.attention import ScoreTarget
 from d2o.kernels import column_sums, column_sums_packed, select
+from d2o.kernels.column_sums import add_column_sums
+from d2o.kernels.column_sums_packed import add_column_sums_packed, pack_targets
 from d2o.kernels.pairs import Pairs
 from d2o.kernels.warm import warm_column_sums, warm_selection
 
@@ -52,10 +54,11 @@ def prompts(most: int) -> Iterator[tuple[int, int, ScoreTarget]]:
     ("dtype", "head_dim", "most"),
     [(torch.bfloat16, 128, 40000), (torch.float16, 64, 1024), (torch.bfloat16, 96, 8192), (torch.float32, 64, 9000)],
 )
+@pytest.mark.parametrize("softcap", [None, 30.0])
 def test_no_prompt_needs_another_kernel(
-    launched: set[tuple[Any, ...]], dtype: torch.dtype, head_dim: int, most: int
+    launched: set[tuple[Any, ...]], dtype: torch.dtype, head_dim: int, most: int, softcap: float | None
 ) -> None:
-    warm_column_sums(CPU, dtype, HEADS, KV_HEADS, head_dim, most)
+    warm_column_sums(CPU, dtype, HEADS, KV_HEADS, head_dim, most, softcap)
     warmed = set(launched)
     assert warmed
     memory = torch.empty(most, HEADS + KV_HEADS, head_dim, dtype=dtype).transpose(0, 1)
@@ -63,10 +66,10 @@ def test_no_prompt_needs_another_kernel(
     launched.clear()
     for start, end, target in prompts(most):
         part = slice(start, end)
-        column_sums.add_column_sums(q[:, part], k[:, :end], lse[:, part], target, start=start, scale=0.1)
+        add_column_sums(q[:, part], k[:, :end], lse[:, part], target, start=start, scale=0.1, softcap=softcap)
         if end == target.prompt_tokens <= 1024:
-            packed = column_sums_packed.pack_targets([target], [0])
-            column_sums_packed.add_column_sums_packed(q[:, part], k, lse[:, part], packed, layer=0, scale=0.1)
+            packed = pack_targets([target], [0])
+            add_column_sums_packed(q[:, part], k, lse[:, part], packed, layer=0, scale=0.1, softcap=softcap)
     # Nor does it have any compiled that no prompt needs.
     assert launched == warmed
     # Tiles of half precision whose width is a power of two come by the copy engine.

@@ -65,6 +65,16 @@ def launched(harness: KernelHarness, monkeypatch: pytest.MonkeyPatch) -> Kernels
     return found
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_prompts_longer_than_a_trial_s_are_scored_by_kernels_for_the_model_s_softcap(
+    harness: KernelHarness, launched: Kernels, softcap: float | None
+) -> None:
+    run_trials(harness.core, CHUNK, softcap)
+    assert any(("SOFTCAP", "True") in kernel and "column_sums" in str(kernel[0]) for kernel in launched) == (
+        softcap is not None
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_worker asks the compiler itself")
 def test_no_request_needs_a_kernel_that_the_trials_did_not(harness: KernelHarness, launched: Kernels) -> None:
     run_trials(harness.core, CHUNK)

@@ -63,7 +63,7 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
         seconds = {each: plan.ranks.mean(product_seconds(model, sizes, layers, each)) for each in LIBRARIES}
         core.runner.capture(worth_capturing(sizes, seconds), progress)
     progress("warming up")
-    run_trials(core, chunk)
+    run_trials(core, chunk, plan.shape.softcap)
     return core
 
 

@@ -19,7 +19,7 @@ _LOST = (10, 28, FEW - 4, 3 * FEW + 8)
 _OUTPUT = 4
 
 
-def run_trials(core: WorkerCore, chunk: int) -> None:
+def run_trials(core: WorkerCore, chunk: int, softcap: float | None = None) -> None:
     """Runs requests of all policies, and kernels by themselves where those would take long prompts.
 
     One that memory runs out on is left at that: so would a request be, and shorter ones may still do.
@@ -27,15 +27,15 @@ def run_trials(core: WorkerCore, chunk: int) -> None:
     Args:
         core: an idle worker; it is idle again afterwards.
         chunk: most tokens of a prompt that are read at once.
+        softcap: of the model's attention.
 
     Raises:
         StartupError: the shortest failed, or another by anything but memory.
     """
     pool = core.runner.caches.pool
     longest = pool.block_table.shape[2] * pool.page_size
-    warm_column_sums(
-        pool.device, pool.k.dtype, core.runner.caches.query_heads, pool.kv_heads, pool.head_dim, tokens=longest
-    )
+    heads = (core.runner.caches.query_heads, pool.kv_heads, pool.head_dim)
+    warm_column_sums(pool.device, pool.k.dtype, *heads, tokens=longest, softcap=softcap)
     warm_selection(pool.device)
     # Steps without a graph, of each size that their plan comes in; one row of the pool is padding.
     most = max(2, pool.block_table.shape[1] - 1)
