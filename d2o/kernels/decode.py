@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from d2o.kernels.decode_kernels import attend_kernel
 from d2o.kernels.decode_plan import SHARE_SLOTS, DecodeGrid, DecodePlan, DecodeWorkspace, plan_decode
@@ -118,13 +119,14 @@ def decode_attention(
         else (pending.query, pending.level, pending.count, pending.clock, pending.rule)
     )
     depth = 1 if pending is None else pending.depth
+    tiles = [described(each, [chosen.block, dim_pad]) for each in (pool.k, pool.v)]
     launched = attend_kernel[kv_heads, grid.items](
         out,
         q,
         k_new,
         v_new,
         *(q.stride(0), q.stride(1), k_new.stride(0), k_new.stride(1), v_new.stride(0), v_new.stride(1)),
-        *(described(each, [chosen.block, dim_pad]) for each in (pool.k, pool.v)),
+        *tiles,
         *(pool.k, pool.v, pool.score, pool.position, pool.bias),
         positions,
         *(block_table, rows, *block_table.shape[1:]),
@@ -139,6 +141,7 @@ def decode_attention(
         DIM=head_dim,
         DIM_PAD=dim_pad,
         BLOCK=chosen.block,
+        DESCRIBED=isinstance(tiles[0], TensorDescriptor),
         ROWS=max(8, lanes),
         LANES=lanes,
         DEPTH=depth,

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from d2o.kernels.decode_finish import arrive, combine
 from d2o.kernels.decode_plan import SHARE_SLOTS
+from d2o.kernels.paged import whole_rows
 from d2o.kernels.pending import LOG2E, capped, given, leave, recall
 
 # Items begin at multiples of this: the compiler cannot see it in what it loads.
@@ -56,13 +57,16 @@ def _tile(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> tl.tensor:
     """Keys or values [BLOCK, DIM_PAD] of the slots from flat index ``place``; zero where a slot is not live."""
     dim, column = tl.arange(0, DIM_PAD), tl.arange(0, BLOCK)
-    if WHOLE:
+    if WHOLE and DESCRIBED:
         return described.load([place, 0])
     spot = place.to(tl.int64) * DIM + column[:, None] * DIM + dim[None, :]
+    if WHOLE:
+        return whole_rows(source + spot, DIM, DIM_PAD)
     return tl.load(source + spot, mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
 
 
@@ -91,6 +95,7 @@ def _step(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
@@ -103,8 +108,8 @@ def _step(
     """
     column = tl.arange(0, BLOCK)
     live = slot < length
-    key = _tile(k, described_k, place, live, DIM, DIM_PAD, BLOCK, WHOLE)
-    value = _tile(v, described_v, place, live, DIM, DIM_PAD, BLOCK, WHOLE)
+    key = _tile(k, described_k, place, live, DIM, DIM_PAD, BLOCK, DESCRIBED, WHOLE)
+    value = _tile(v, described_v, place, live, DIM, DIM_PAD, BLOCK, DESCRIBED, WHOLE)
     lift = tl.zeros([BLOCK], tl.float32)
     if BIAS:
         lift = tl.load(bias + place + column) if WHOLE else tl.load(bias + place + column, mask=live, other=0.0)
@@ -159,6 +164,7 @@ def _attend(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     LATE_ROWS: tl.constexpr,
@@ -183,7 +189,7 @@ def _attend(
         most, added, result = _step(
             query, late_query, late_level, late_end, most, added, result, k, v, described_k, described_v,
             score, bias, position, place, start + column, length, oldest, scale, softcap,
-            DIM, DIM_PAD, BLOCK, WINDOW, SOFTCAP, BIAS, LATE, True,
+            DIM, DIM_PAD, BLOCK, DESCRIBED, WINDOW, SOFTCAP, BIAS, LATE, True,
         )  # fmt: skip
         page = tl.load(pages + tl.minimum(start + BLOCK, length - 1) // PAGE)
     if end == length:
@@ -192,7 +198,7 @@ def _attend(
         most, added, result = _step(
             query, late_query, late_level, late_end, most, added, result, k, v, described_k, described_v,
             score, bias, position, place, whole + column, length, oldest, scale, softcap,
-            DIM, DIM_PAD, BLOCK, WINDOW, SOFTCAP, BIAS, LATE, False,
+            DIM, DIM_PAD, BLOCK, DESCRIBED, WINDOW, SOFTCAP, BIAS, LATE, False,
         )  # fmt: skip
     return most, added, result
 
@@ -246,6 +252,7 @@ def attend_kernel(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -300,13 +307,13 @@ def attend_kernel(
         most, added, result = _attend(
             query, earlier, level, k, v, described_k, described_v, score, bias, position, pages, page,
             head, begin, end, length, count, oldest, scale, softcap,
-            KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, ROWS, LANES, LATE_ROWS, WINDOW, SOFTCAP, BIAS, True,
+            KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, DESCRIBED, ROWS, LANES, LATE_ROWS, WINDOW, SOFTCAP, BIAS, True,
         )  # fmt: skip
     else:
         most, added, result = _attend(
             query, query, query, k, v, described_k, described_v, score, bias, position, pages, page,
             head, begin, end, length, count, oldest, scale, softcap,
-            KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, ROWS, LANES, LATE_ROWS, WINDOW, SOFTCAP, BIAS, False,
+            KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, DESCRIBED, ROWS, LANES, LATE_ROWS, WINDOW, SOFTCAP, BIAS, False,
         )  # fmt: skip
     sums = tl.sum(added, 0)
     whole = whole * KV_HEADS + head

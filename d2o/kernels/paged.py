@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from d2o.kernels.launch import fetches_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,20 @@ class PagedTensors:
         return self.k.device
 
 
-def described(values: Tensor, tile: list[int]) -> TensorDescriptor:
-    """Keys or values as rows, one a slot, to be loaded by tiles [slots, padded head_dim]."""
+def described(values: Tensor, tile: list[int]) -> TensorDescriptor | Tensor:
+    """Keys or values as rows, one a slot, to be loaded by tiles [slots, padded head_dim].
+
+    The values themselves on a GPU without an engine that copies tiles: there none would be fetched ahead.
+    """
+    if values.device.type == "cuda" and not fetches_tiles(values.device):
+        return values
     rows = values.view(-1, values.shape[-1])
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), tile)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def whole_rows(cells: tl.tensor, DIM: tl.constexpr, DIM_PAD: tl.constexpr) -> tl.tensor:
+    """What lies at pointers [slots, DIM_PAD], of which all slots are there; zero beyond DIM."""
+    if DIM == DIM_PAD:
+        return tl.load(cells)
+    return tl.load(cells, mask=(tl.arange(0, DIM_PAD) < DIM)[None, :], other=0.0)

@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from d2o.kernels.paged import PagedTensors, described
+from d2o.kernels.paged import PagedTensors, described, whole_rows
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # Of the pending queries of all heads of a group at most, and of each head: docs/adr/0020.
@@ -117,10 +118,11 @@ def settle(
     group, dim_pad = heads // pool.kv_heads, triton.next_power_of_2(head_dim)
     lanes, tile = triton.next_power_of_2(group), _TILE_BYTES // (dim_pad * pool.k.element_size())
     block = max(16, min(pool.page_size, tile))
+    tiles = described(pool.k, [block, dim_pad])
     settle_kernel[(pool.kv_heads, places.shape[0], triton.cdiv(most_used, part_slots))](
         *(
             pool.score,
-            described(pool.k, [block, dim_pad]),
+            tiles,
             pool.bias,
             pending.query,
             pending.level,
@@ -135,6 +137,7 @@ def settle(
         DIM=head_dim,
         DIM_PAD=dim_pad,
         BLOCK=block,
+        DESCRIBED=isinstance(tiles, TensorDescriptor),
         LANES=lanes,
         DEPTH=depth,
         LATE_ROWS=max(8, depth * lanes),
@@ -253,6 +256,7 @@ def settle_kernel(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     LANES: tl.constexpr,
     DEPTH: tl.constexpr,
     LATE_ROWS: tl.constexpr,
@@ -277,12 +281,12 @@ def settle_kernel(
         if softcap > 0:
             _add(
                 score, described_k, bias, query, level, end, pages, head, first, last, scale, softcap,
-                KV_HEADS, PAGE, BLOCK, True,
+                KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, DESCRIBED, True,
             )  # fmt: skip
         else:
             _add(
                 score, described_k, bias, query, level, end, pages, head, first, last, scale, softcap,
-                KV_HEADS, PAGE, BLOCK, False,
+                KV_HEADS, PAGE, DIM, DIM_PAD, BLOCK, DESCRIBED, False,
             )  # fmt: skip
         if tl.atomic_add(arrivals + spot * KV_HEADS + head, 1) == parts - 1:
             tl.store(counter, 0)
@@ -305,11 +309,14 @@ def _add(
     softcap: tl.tensor,
     KV_HEADS: tl.constexpr,
     PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ) -> None:
     """Adds what the queries give to the scores of a sequence's slots [first, last); ``first`` begins a tile."""
-    column = tl.arange(0, BLOCK)
+    column, dim = tl.arange(0, BLOCK), tl.arange(0, DIM_PAD)
     page = tl.load(pages + tl.minimum(first, last - 1) // PAGE)
     for start in range(first, last, BLOCK):
         slot = start + column
@@ -317,7 +324,10 @@ def _add(
         first_row = (page * KV_HEADS + head) * PAGE + start % PAGE
         place = first_row.to(tl.int64) + column
         # A slot that is not live gives nothing to another's score: its key is whatever lies there.
-        key = described_k.load([first_row, 0])
+        if DESCRIBED:
+            key = described_k.load([first_row, 0])
+        else:
+            key = whole_rows(described_k + place[:, None] * DIM + dim[None, :], DIM, DIM_PAD)
         lift = tl.load(bias + place, mask=live, other=0.0) * LOG2E
         before = tl.load(score + place, mask=live, other=0.0)
         page = tl.load(pages + tl.minimum(start + BLOCK, last - 1) // PAGE)

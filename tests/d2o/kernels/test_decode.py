@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from d2o.kernels import decode, paged
+from d2o.kernels import pending as pending_kernels
 from d2o.kernels.decode import (
     DecodeConfig,
     DecodeGrid,
@@ -71,6 +75,24 @@ def test_sequences_that_begin_a_last_round_are_split_over_more_items() -> None:
     grid = DecodeGrid(6 + 6 + 4, at_once=4)
     assert plan_decode(case.counts, grid).first[0].diff().tolist() == [1, 1, 1, 1, 3, 1]
     case.check(grid=grid)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float32), (96, torch.float16)])
+def test_without_an_engine_that_copies_tiles_it_gives_the_same(
+    head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (decode, pending_kernels):
+        monkeypatch.setattr(module, "described", lambda values, _: values)
+    case = Case(lengths=[[5, 300, 128, 33]], head_dim=head_dim, dtype=dtype)
+    case.check(softcap=30.0)
+    case.check(bias=False)
+
+
+def test_only_gpus_with_such_an_engine_are_asked_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    values: Any = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(paged, "fetches_tiles", lambda _: False)
+    assert paged.described(values, [16, 64]) is values
+    assert isinstance(paged.described(torch.zeros(2, 3, 16, 64), [16, 64]), TensorDescriptor)
 
 
 def test_one_workspace_serves_layer_after_layer() -> None:
