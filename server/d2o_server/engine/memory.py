@@ -9,7 +9,7 @@ from d2o.config import D2OConfig, Policy
 from d2o_server.errors import InvalidRequest
 
 MOST_SLACK = 64
-"""Slots of a layer's slack by default: as many as one program of decode eviction's kernels takes (ADR 0008)."""
+"""Slots of a layer's slack by default: as many as one program of decode eviction's kernels takes (docs/adr/0024)."""
 
 _BUDGET_TO_SLACK = 64
 
@@ -33,8 +33,8 @@ class CacheShape:
     def slack(self, config: D2OConfig, budget: int) -> int:
         """Slots that a layer may hold above its budget between evictions.
 
-        By default a page's worth, of which an average budget of 64 times as many has one more: all of a layer is read
-        for an eviction, however few slots it takes. Never more than ``MOST_SLACK``, or a page if that is larger.
+        By default as many whole pages as fit a 64th of the average budget, up to ``MOST_SLACK`` slots, one at least: all
+        of a layer is read for an eviction, however few slots it takes.
         """
         pages = max(1, min(MOST_SLACK, budget // _BUDGET_TO_SLACK) // self.page_size)
         return config.evict_interval or pages * self.page_size
