@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from d2o.config import D2OConfig
+from d2o.kernels.decode_plan import DecodeGrid
 from d2o_server.engine.messages import Cancel
 from d2o_server.engine.types import SamplingParams
 from d2o_server.models.describe import describe
@@ -137,6 +138,30 @@ def test_each_batch_size_is_captured_with_its_library(monkeypatch: pytest.Monkey
         (2, False, "cublas", "shared"),
     ]
     assert preferred[-1] == "cublas"
+
+
+def test_steps_are_shared_out_by_how_many_programs_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With scores and without these are not as many; steps that are captured ask as others do."""
+    harness, of, asked = KernelHarness(), DecodeGrid.of, set()
+
+    def note(batch: int, kv_heads: int, device: torch.device, at_once: int = 0) -> DecodeGrid:
+        asked.add(at_once)
+        return of(batch, kv_heads, device)
+
+    runner = harness.core.runner
+    assert isinstance(runner, KernelRunner)
+    runner._workspace.at_once.update({True: 4, False: 6})
+    monkeypatch.setattr(DecodeGrid, "of", note)
+    for config, known in ((NONE, {6}), (POLICIES["default"], {4})):
+        harness.submit(random_prompts((9,), seed=4)[0], config, name=str(known), new=3)
+        harness.run()
+        assert asked == known
+        asked.clear()
+    for scored, known in ((False, {6}), (True, {4})):
+        runner._graphs._fill_with_padding(2)
+        runner._graphs._run(2, scored)
+        assert asked == known
+        asked.clear()
 
 
 def test_a_sequence_that_ends_has_run_one_token_more_which_nobody_sees() -> None:
