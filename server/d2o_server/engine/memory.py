@@ -33,8 +33,8 @@ class CacheShape:
     def slack(self, config: D2OConfig, budget: int) -> int:
         """Slots that a layer may hold above its budget between evictions.
 
-        By default as many whole pages as fit a 64th of the average budget, up to ``MOST_SLACK`` slots, one at least: all
-        of a layer is read for an eviction, however few slots it takes.
+        By default as many whole pages as fit a 64th of the average budget, up to ``MOST_SLACK`` slots, one at least:
+        all of a layer is read for an eviction, however few slots it takes.
         """
         pages = max(1, min(MOST_SLACK, budget // _BUDGET_TO_SLACK) // self.page_size)
         return config.evict_interval or pages * self.page_size
