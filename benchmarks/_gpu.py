@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 
 from benchmarks._machine import Machine
+
+Times = dict[str, float]
+"""Milliseconds by name."""
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -88,6 +91,28 @@ def time_graph(runs: Sequence[Callable[[], object]], *, repeats: int = 20, warmu
         for run in runs:
             run()
     return time_gpu(graph.replay, repeats=repeats, warmup=warmup) / len(runs)
+
+
+def time_in_turn(runs: Mapping[str, Callable[[], object]], *, rounds: int = 3, seconds: float = 0.15) -> list[Times]:
+    """Milliseconds of one call of each, once a round: calls for ``seconds``, then the mean of as many more.
+
+    At the limit of its power a GPU is the slower the longer it works, and a call takes longer behind a hungry one.
+    What is compared must therefore have run by itself for a while, and in the same round.
+    """
+    counts = {name: max(4, int(1000 * seconds / time_gpu(run, repeats=3, warmup=2))) for name, run in runs.items()}
+    return [{name: _mean(run, counts[name]) for name, run in runs.items()} for _ in range(rounds)]
+
+
+def _mean(run: Callable[[], object], count: int) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(count):
+        run()
+    begin.record()
+    for _ in range(count):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end) / count)
 
 
 def write_result(folder: Path, name: str, result: dict[str, Any]) -> Path:

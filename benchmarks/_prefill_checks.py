@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from d2o.attention import AttentionRule, ScoreTarget
-from d2o.kernels.column_sums import LONG, MIDDLE, SHORT, add_column_sums
+from d2o.kernels.column_sums import LONG, MIDDLE, SHORT, TURNS, add_column_sums
 from d2o.kernels.column_sums_packed import add_column_sums_packed, pack_targets
 from d2o.kernels.prefill import Backend, packed_prefill_attention, prefill_attention
 from d2o.kernels.reference import column_sums as reference
@@ -27,6 +27,9 @@ BACKENDS: tuple[Backend, ...] = ("cudnn", "flash")
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 TILINGS = {
+    "in turns": TURNS,
+    "in turns, 4 heads adjacent": replace(TURNS, adjacent=4),
+    "in turns, 2 tiles held": replace(TURNS, stages=2),
     "256x64 8 warps": LONG,
     "256x64 8 warps, not by the copy engine": replace(LONG, described=False),
     "256x64 8 warps, 2 of 8 by polynomial": replace(LONG, polynomial=2),

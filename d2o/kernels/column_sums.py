@@ -12,16 +12,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as SwizzledDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from d2o.attention import ScoreTarget
 from d2o.kernels.column_sums_exp2 import exp2_assembly
 from d2o.kernels.column_sums_kernels import column_sums_kernel
-from d2o.kernels.launch import Launcher, Options, eighths, fetches_tiles
+from d2o.kernels.column_sums_turns import turns_kernel
+from d2o.kernels.launch import Launcher, Options, eighths, fetches_tiles, multiplies_by_warp_groups
 
 _LOG2E = math.log2(math.e)
-_SHORT, _LONG, _MANY = 1024, 8192, 1024
+_SHORT, _LONG, _MANY, _PROGRAMS = 1024, 8192, 1024, 512
 launch = Launcher(column_sums_kernel)
+launch_turns = Launcher(turns_kernel)
+SWIZZLED = NVMMASharedLayout(128, element_bitwidth=16, rank=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,9 @@ class Tiling:
             heads does); 1: all programs of a head do. The more, the better long and short programs even out.
         polynomial: of eight exponentials of a whole tile, how many are multiplied out; none in the interpreter.
         described: the GPU fetches tiles of queries by itself, where it can (:meth:`_Chunk._lies_in_tiles`).
+        turns: by the kernel for Hopper of :mod:`d2o.kernels.column_sums_turns`, where it can
+            (:meth:`_Chunk._takes_turns`; LONG stands in elsewhere). ``keys`` are those of its three groups of
+            ``warps``, ``registers`` those of a thread that scores.
     """
 
     keys: int
@@ -46,12 +54,13 @@ class Tiling:
     adjacent: int = 1
     polynomial: int = 0
     described: bool = True
+    turns: bool = False
 
     @classmethod
-    def default(cls, dtype: torch.dtype, head_dim: int, tokens: int, queries: int) -> Tiling:
+    def default(cls, dtype: torch.dtype, head_dim: int, tokens: int, queries: int, rows: int) -> Tiling:
         """What suits the shape; ``tokens`` are the keys, ``queries`` those between the first and the last that count.
 
-        Few of either need smaller tiles.
+        Few of either need smaller tiles, and so do few ``rows`` of sums: there must be several programs a processor.
         """
         if dtype == torch.float32:
             return cls(keys=64, queries=32, warps=4, stages=1)
@@ -59,15 +68,18 @@ class Tiling:
             return cls(keys=64, queries=64, warps=4, stages=2)
         if tokens <= _SHORT or queries < _MANY:
             return SHORT
-        return LONG if tokens > _LONG else MIDDLE
+        if tokens <= _LONG:
+            return MIDDLE
+        return TURNS if rows * tokens >= _PROGRAMS * TURNS.keys else LONG
 
     @classmethod
     def defaults(cls, dtype: torch.dtype, head_dim: int, tokens: int) -> set[Tiling]:
         """All that :meth:`default` chooses for prompts of up to so many tokens."""
         lengths = (1, *(each + 1 for each in (_SHORT, _LONG) if each < tokens))
-        return {cls.default(dtype, head_dim, each, each) for each in lengths}
+        return {cls.default(dtype, head_dim, each, each, rows) for each in lengths for rows in (1, _PROGRAMS)}
 
 
+TURNS = Tiling(keys=384, queries=64, warps=4, stages=4, registers=160, adjacent=8, turns=True)
 LONG = Tiling(keys=256, queries=64, warps=8, stages=2, registers=128, adjacent=4, polynomial=1)
 MIDDLE = Tiling(keys=128, queries=64, warps=4, stages=2, registers=168, adjacent=32, polynomial=1)
 SHORT = Tiling(keys=64, queries=64, warps=4, stages=2)
@@ -143,19 +155,32 @@ class _Chunk:
         extra = extra if extra is not None and max(extra, first) < min(extra + block, end) else None
         if not sampled and extra is None:
             return
-        tiling = self.tiling or Tiling.default(self.q.dtype, self.q.shape[2], end, end - first)
         rows = self.q.shape[0] // heads
+        tiling = self.tiling or Tiling.default(self.q.dtype, self.q.shape[2], end, end - first, rows)
+        if tiling.turns and not self._takes_turns(heads, stride, block):
+            tiling = LONG
         adjacent, sample = math.gcd(rows, tiling.adjacent), tiling.queries if stride == 1 else block
+        grid = (adjacent, -(-end // tiling.keys), rows // adjacent)
+        strides = self.lse.stride(0), out.stride(0)
+        chosen = self.start, end, first, stride, -1 if extra is None else extra
+        extras = 0 if extra is None else -(-block // tiling.queries)
+        if tiling.turns:
+            launch_turns(
+                grid,
+                (self.q, self._tiles(tiling, swizzled=True), self.k, self.lse, out, *eighths(self.k), *strides, *chosen,
+                 factors(self.scale, None)[0]),
+                turns_constants(self.q, self.k, tiling, sample=sample, extra=extras),
+                Options(tiling.warps),
+            )  # fmt: skip
+            return
         described = tiling.described and self._lies_in_tiles(tiling, sample)
-        numbers = (*eighths(self.q, self.k), self.lse.stride(0), out.stride(0), self.start, end, first, stride,
-                   -1 if extra is None else extra, 0, *factors(self.scale, self.softcap))  # fmt: skip
         launch(
-            (adjacent, -(-end // tiling.keys), rows // adjacent),
-            (self.q, self._tiles(tiling) if described else self.q, self.k, self.lse, out, self.lse, *numbers),
+            grid,
+            (self.q, self._tiles(tiling) if described else self.q, self.k, self.lse, out, self.lse,
+             *eighths(self.q, self.k), *strides, *chosen, 0, *factors(self.scale, self.softcap)),
             constants(
-                self.q, self.k, tiling, packed=False, heads=heads, sample=sample,
-                extra=0 if extra is None else -(-block // tiling.queries), softcap=self.softcap is not None,
-                window=self.window or 0, described=described,
+                self.q, self.k, tiling, packed=False, heads=heads, sample=sample, extra=extras,
+                softcap=self.softcap is not None, window=self.window or 0, described=described,
             ),
             Options(tiling.warps, tiling.stages, tiling.registers),
         )  # fmt: skip
@@ -165,8 +190,15 @@ class _Chunk:
         head_dim, able = self.q.shape[2], not self.q.is_cuda or fetches_tiles(self.q.device)
         return able and self.q.element_size() == 2 and not head_dim & (head_dim - 1) and not sample % tiling.queries
 
-    def _tiles(self, tiling: Tiling) -> TensorDescriptor:
-        return TensorDescriptor(self.q, list(self.q.shape), list(self.q.stride()), [1, tiling.queries, self.q.shape[2]])
+    def _takes_turns(self, heads: int, stride: int, block: int) -> bool:
+        """Whether the kernel for Hopper can do this: a head a row, nothing capped or out of sight, heads of 128."""
+        plain = heads == 1 and self.softcap is None and self.window is None and self.q.shape[2] == 128
+        hopper = self.q.is_cuda and multiplies_by_warp_groups(self.q.device)
+        return plain and hopper and self._lies_in_tiles(TURNS, TURNS.queries if stride == 1 else block)
+
+    def _tiles(self, tiling: Tiling, *, swizzled: bool = False) -> TensorDescriptor | SwizzledDescriptor:
+        described = self.q, list(self.q.shape), list(self.q.stride()), [1, tiling.queries, self.q.shape[2]]
+        return SwizzledDescriptor(*described, SWIZZLED) if swizzled else TensorDescriptor(*described)
 
 
 def constants(
@@ -201,6 +233,12 @@ def constants(
         tiling.stages,
         described,
     )
+
+
+def turns_constants(q: Tensor, k: Tensor, tiling: Tiling, *, sample: int, extra: int) -> tuple[int | None, ...]:
+    """Of :func:`d2o.kernels.column_sums_turns.turns_kernel`, in order."""
+    group, keys = q.shape[0] // k.shape[0], tiling.keys // 3
+    return group, q.shape[2], keys, tiling.queries, sample, extra, tiling.stages, tiling.registers
 
 
 def _sampled(position: int, stride: int, block: int) -> int:

@@ -91,7 +91,7 @@ def add_column_sums_packed(
         layer: at or after ``packed.layer``.
         scale, softcap, window: as in :class:`d2o.attention.AttentionRule`.
     """
-    tiling = Tiling.default(q.dtype, q.shape[2], tokens=0, queries=0)
+    tiling = Tiling.default(q.dtype, q.shape[2], tokens=0, queries=0, rows=0)
     extra_tiles = -(-packed.block // tiling.queries) if packed.extra else 0
     group = q.shape[0] // k.shape[0]
     _launch(q, k, lse, packed, packed.received, 1, extra_tiles, layer, scale, softcap, window, tiling)

@@ -18,6 +18,12 @@ def fetches_tiles(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@cache
+def multiplies_by_warp_groups(device: torch.device) -> bool:
+    """Whether it is a GPU whose groups of four warps multiply tiles in shared memory: compute capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def programs_at_once(kernel: Any, warps: int, device: torch.device) -> int:
     """Programs of a compiled kernel that a processor of a GPU runs at once, by registers, shared memory and threads.
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 COMPILE = """
 import triton
@@ -51,8 +54,49 @@ for kernel, constants, warps, registers, kilobytes in WORK:
         assert "st.global.v4" in made.asm["ptx"]
 """
 
+TURNS = """
+import subprocess
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from d2o.kernels.column_sums import SWIZZLED, TURNS
+from d2o.kernels.column_sums_turns import turns_kernel as kernel
 
-def test_the_kernels_compile_for_a_hopper_gpu() -> None:
+TYPES = {"q": "*bf16", "k": "*bf16", "lse": "*fp32", "out": "*fp32", "factor": "fp32"}
+TYPES |= {"described_q": f"tensordesc<bf16[1,64,128],{SWIZZLED!r}>"}
+FIXED = {"HEADS_A_KEY": 4, "D": 128, "BLOCK_K": TURNS.keys // 3, "BLOCK_Q": TURNS.queries, "SAMPLE": 64}
+FIXED |= {"STAGES": TURNS.stages, "REGISTERS": TURNS.registers}
+for extra in (0, 1):
+    constants = FIXED | {"EXTRA": extra}
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if TYPES.get(n) == "*bf16"}
+    values = {(names.index(n),): value for n, value in constants.items()}
+    made = triton.compile(
+        GluonASTSource(kernel, signature, values, attributes),
+        target=GPUTarget("cuda", 90, 32), options={"num_warps": TURNS.warps},
+    )
+    assert made.metadata.shared <= 227 * 1024, made.metadata.shared
+    assert f"setmaxnreg.inc.sync.aligned.u32 \t{TURNS.registers}" in made.asm["ptx"]
+    with open("kernel.ptx", "w") as file:
+        file.write(made.asm["ptx"])
+    assembler = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", "kernel.ptx", "-o", "kernel.cubin"]
+    said = subprocess.run(assembler, capture_output=True, text=True, check=True).stderr
+    assert "serialized" not in said, "products wait for one another: " + said
+    spilt = int(said.split(" bytes spill stores")[0].split()[-1])
+    assert spilt <= 32, said
+"""
+
+
+def compile_apart(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Without the interpreter, which this process has chosen for all its kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=100)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path.cwd()), environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize("code", [pytest.param(COMPILE, id="triton"), pytest.param(TURNS, id="gluon")])
+def test_the_kernels_compile_for_a_hopper_gpu(code: str, tmp_path: Path) -> None:
+    done = compile_apart(code, tmp_path)
     assert done.returncode == 0, done.stderr
