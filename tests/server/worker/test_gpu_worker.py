@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.types import SamplingParams
@@ -145,7 +145,24 @@ def test_a_prompt_that_memory_runs_out_on_fails_alone() -> None:
     assert len(again.run()["long"].tokens) == NEW
 
 
-def test_no_kernel_is_compiled_in_mid_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SHAPE: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 1000,
+    "max_position_embeddings": 32768,
+}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, attn_logit_softcapping=50.0)),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_kernel_is_compiled_in_mid_service(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a worker that is told its pages, and so reads no large prompt at its start."""
     triton = pytest.importorskip("triton")
     made: list[str] = []
@@ -154,17 +171,7 @@ def test_no_kernel_is_compiled_in_mid_service(tmp_path: Path, monkeypatch: pytes
         made.append(fn.name.rpartition(".")[2])
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=128,
-        vocab_size=1000,
-        max_position_embeddings=32768,
-    )
-    LlamaForCausalLM(config).save_pretrained(str(tmp_path))
+    MODELS[model]().save_pretrained(str(tmp_path))
     settings = worker_settings(
         model=str(tmp_path),
         dtype="bfloat16",
