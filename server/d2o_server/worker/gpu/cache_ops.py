@@ -107,9 +107,10 @@ class KernelCacheOps:
         self.pool.score[pages] = whole.unflatten(-1, (-1, self.pool.page_size)).transpose(1, 2)
 
     def read_scores(self, layers: Tensor, row: int, slots: int) -> Tensor:
-        places = layers * self.table.shape[1] + row
-        both = upload(torch.stack([places, torch.full_like(places, slots)]).int(), self.pool.device)
-        settle(self.paged, self.pending, both[0], self.table.flatten(0, 1)[both[0]], both[1], most_used=slots)
+        # Two tensors, not rows of one: kernels are compiled anew for vectors that are aligned otherwise.
+        places = upload((layers * self.table.shape[1] + row).int(), self.pool.device)
+        used = torch.full_like(places, slots)
+        settle(self.paged, self.pending, places, self.table.flatten(0, 1)[places], used, most_used=slots)
         pages, _ = self._pages(layers, row, slots)
         return self.pool.score[pages].transpose(1, 2).flatten(2)[..., :slots]
 
