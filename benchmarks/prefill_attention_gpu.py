@@ -37,7 +37,7 @@ from benchmarks._prefill_checks import (
     inputs,
     target,
 )
-from d2o.kernels.column_sums import add_column_sums
+from d2o.kernels.column_sums import LONG, add_column_sums
 from d2o.kernels.column_sums_packed import add_column_sums_packed, pack_targets
 from d2o.kernels.prefill import cudnn_takes_groups, packed_prefill_attention, prefill_attention, warm_plans
 from d2o.kernels.reference.store import empty_pool
@@ -84,9 +84,11 @@ def time_prompt(tokens: int, matrix: float, deadline: float, failed: set[str]) -
         "last:32 and window": target(tokens, observed=32, first_query=tokens - 32),
         "stride:4 and window": target(tokens, observed=32, stride=4),
     }
-    rounds = time_in_turn({"cudnn": forward["cudnn"]} | {name: partial(sums, it) for name, it in targets.items()})
-    scores = {name: median(times[name] for times in rounds) for name in targets}
-    shares = {name: median(times[name] / times["cudnn"] for times in rounds) for name in targets}
+    timed: dict[str, Callable[[], object]] = {name: partial(sums, scores) for name, scores in targets.items()}
+    timed |= {f"{name}, not in turns": partial(sums, targets[name], tiling=LONG) for name in ("all", "stride:4")}
+    rounds = time_in_turn({"cudnn": forward["cudnn"], **timed})
+    scores = {name: median(times[name] for times in rounds) for name in timed}
+    shares = {name: median(times[name] / times["cudnn"] for times in rounds) for name in timed}
     cuts = range(tokens // 4, tokens + 1, tokens // 4)
     chunks = {
         name: time_gpu(partial(chunked, q, k, v, scores, cuts), repeats=5, warmup=2)
