@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from d2o.config import D2OConfig, Policy
+from d2o.config import D2OConfig, Policy, ScoreQueries
 
 NONE = D2OConfig(policy=Policy.NONE)
 _TIGHT = D2OConfig(budget_tokens=1024)
@@ -67,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for batch, slots in SHAPES:
         result["decode"].append(_decode(worker, batch, slots, ceilings.read_tb_s))
     if options.prompt:
-        result["first_token"] = [
-            _first_token(worker, options.prompt, config) for config in (NONE, D2OConfig(ratio=0.2, min_budget=1024))
-        ]
+        sampled = D2OConfig(ratio=0.2, min_budget=1024)
+        exact = replace(sampled, score_queries=ScoreQueries.parse("all"))
+        result["first_token"] = [_first_token(worker, options.prompt, config) for config in (NONE, sampled, exact)]
     if options.streams:
         result["streams"] = [_streams(worker, options.streams, config) for config in (NONE, _TIGHT)]
     if options.concurrency:
@@ -136,6 +136,8 @@ def _first_token(worker: Any, tokens: int, config: D2OConfig) -> dict[str, Any]:
     core = worker.core
     generator = torch.Generator().manual_seed(3)
     row: dict[str, Any] = {"policy": config.policy.value, "prompt_tokens": tokens}
+    if config.policy is not Policy.NONE:
+        row["score_queries"] = str(config.score_queries)
     for turn in range(2):
         prompt = tuple(torch.randint(0, worker.shape.vocabulary_size, (tokens,), generator=generator).tolist())
         torch.cuda.synchronize()
