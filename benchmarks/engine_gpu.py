@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from benchmarks import _engine, _gpu
     from d2o_server.settings import worker_settings
 
+    options.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     ceilings = _gpu.Ceilings.measure()
     settings = worker_settings(

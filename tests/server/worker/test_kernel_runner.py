@@ -17,6 +17,7 @@ from d2o_server.models.describe import describe
 from d2o_server.settings import worker_settings
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.distribution import greedy, pad_vocabulary
+from d2o_server.worker.gpu import cache_ops
 from d2o_server.worker.gpu.batch_sizes import BatchSize
 from d2o_server.worker.gpu.build import assemble
 from d2o_server.worker.gpu.draws import draw_rows
@@ -251,6 +252,25 @@ def scores(harness: Harness, name: str, tokens: int) -> Tensor:
         harness.step()
     assert int(caches.seen[row]) == tokens
     return caches.ops.read_scores(torch.arange(harness.pool.layers), row, tokens)
+
+
+def test_scores_of_any_number_of_layers_are_read_by_the_same_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles another for vectors that do not begin at multiples of 16 bytes, and all streams would wait."""
+    vectors: list[Tensor] = []
+
+    def note(pool: object, pending: object, places: Tensor, tables: Tensor, used: Tensor, **_: int) -> None:
+        vectors.extend((places, tables, used))
+
+    monkeypatch.setattr(cache_ops, "settle", note)
+    harness = KernelHarness()
+    (prompt,) = random_prompts((9,))
+    harness.submit(prompt, NONE, name="one", new=4)
+    harness.step()
+    row = harness.core.runner.running["one"].cache.row
+    for layers in range(1, harness.pool.layers + 1):
+        harness.core.runner.caches.ops.read_scores(torch.arange(layers), row, 9)
+    assert len(vectors) == 3 * harness.pool.layers > 3
+    assert all(vector.data_ptr() % 16 == 0 and vector.is_contiguous() for vector in vectors)
 
 
 def test_scores_that_are_read_have_all_that_the_queries_gave() -> None:
