@@ -7,26 +7,28 @@ registers, need no atomics and are the same in every run. Queries are numbered a
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
+import triton
 from torch import Tensor
-from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as SwizzledDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from d2o.attention import ScoreTarget
 from d2o.kernels.column_sums_exp2 import exp2_assembly
 from d2o.kernels.column_sums_kernels import column_sums_kernel
-from d2o.kernels.column_sums_turns import turns_kernel
 from d2o.kernels.launch import Launcher, Options, eighths, fetches_tiles, multiplies_by_warp_groups
 
 _LOG2E = math.log2(math.e)
 _SHORT, _LONG, _MANY, _PROGRAMS = 1024, 8192, 1024, 512
 launch = Launcher(column_sums_kernel)
-launch_turns = Launcher(turns_kernel)
-SWIZZLED = NVMMASharedLayout(128, element_bitwidth=16, rank=3)
+# Gluon is experimental: the versions of Triton that have compiled the kernel.
+turns: ModuleType | None = None
+if triton.__version__.startswith(("3.6.", "3.7.")):
+    turns = importlib.import_module("d2o.kernels.column_sums_turns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +166,11 @@ class _Chunk:
         strides = self.lse.stride(0), out.stride(0)
         chosen = self.start, end, first, stride, -1 if extra is None else extra
         extras = 0 if extra is None else -(-block // tiling.queries)
-        if tiling.turns:
-            launch_turns(
+        if tiling.turns and turns is not None:
+            turns.launch(
                 grid,
-                (self.q, self._tiles(tiling, swizzled=True), self.k, self.lse, out, *eighths(self.k), *strides, *chosen,
-                 factors(self.scale, None)[0]),
+                (self.q, turns.described(self.q, tiling.queries), self.k, self.lse, out,
+                 *eighths(self.k), *strides, *chosen, factors(self.scale, None)[0]),
                 turns_constants(self.q, self.k, tiling, sample=sample, extra=extras),
                 Options(tiling.warps),
             )  # fmt: skip
@@ -194,11 +196,15 @@ class _Chunk:
         """Whether the kernel for Hopper can do this: a head a row, nothing capped or out of sight, heads of 128."""
         plain = heads == 1 and self.softcap is None and self.window is None and self.q.shape[2] == 128
         hopper = self.q.is_cuda and multiplies_by_warp_groups(self.q.device)
-        return plain and hopper and self._lies_in_tiles(TURNS, TURNS.queries if stride == 1 else block)
+        return (
+            turns is not None
+            and plain
+            and hopper
+            and self._lies_in_tiles(TURNS, TURNS.queries if stride == 1 else block)
+        )
 
-    def _tiles(self, tiling: Tiling, *, swizzled: bool = False) -> TensorDescriptor | SwizzledDescriptor:
-        described = self.q, list(self.q.shape), list(self.q.stride()), [1, tiling.queries, self.q.shape[2]]
-        return SwizzledDescriptor(*described, SWIZZLED) if swizzled else TensorDescriptor(*described)
+    def _tiles(self, tiling: Tiling) -> TensorDescriptor:
+        return TensorDescriptor(self.q, list(self.q.shape), list(self.q.stride()), [1, tiling.queries, self.q.shape[2]])
 
 
 def constants(

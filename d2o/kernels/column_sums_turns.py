@@ -13,6 +13,7 @@ group may multiply.
 from __future__ import annotations
 
 import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,14 +23,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from d2o.kernels.column_sums_kernels import sampled_before
+from d2o.kernels.launch import Launcher
 
 GROUPS: tl.constexpr = tl.constexpr(3)
 WARPS: tl.constexpr = tl.constexpr(4)
+SWIZZLED = gl.NVMMASharedLayout(128, element_bitwidth=16, rank=3)
 
 # Its name up to Triton 3.6, and since.
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+
+def described(q: Tensor, queries: int) -> TensorDescriptor:
+    """Queries [heads, tokens, head_dim] of half precision, as the kernel takes them: by tiles of so many of a head."""
+    return TensorDescriptor(q, list(q.shape), list(q.stride()), [1, queries, q.shape[2]], SWIZZLED)
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -301,3 +310,6 @@ def turns_kernel(
         [WARPS, WARPS, 1],
         [REGISTERS, REGISTERS, 24],
     )  # fmt: skip
+
+
+launch = Launcher(turns_kernel)

@@ -37,7 +37,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
             sampled_before=column_sums._sampled, GROUPS=3, WARPS=4,
         )  # fmt: skip
 
-    monkeypatch.setattr(column_sums, "launch_turns", launch)
+    monkeypatch.setattr(column_sums_turns, "launch", launch)
     monkeypatch.setattr(column_sums._Chunk, "_takes_turns", lambda self, heads, stride, block: heads == 1)
     return grids
 
@@ -103,6 +103,17 @@ def test_what_it_cannot_do_the_other_kernel_does(
     q = torch.zeros(4, 8, head_dim, dtype=dtype)
     chunk = column_sums._Chunk(q, q, q[..., 0], 0, 1.0, softcap, window, TURNS)
     assert chunk._takes_turns(heads, stride, block) is can
+
+
+def test_other_versions_of_triton_use_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(column_sums, "multiplies_by_warp_groups", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(column_sums, "fetches_tiles", lambda device: True)
+    q = torch.zeros(4, 8, 128, dtype=torch.float16)
+    chunk = column_sums._Chunk(q, q, q[..., 0], 0, 1.0, None, None, TURNS)
+    assert chunk._takes_turns(1, 1, 64)
+    monkeypatch.setattr(column_sums, "turns", None)
+    assert not chunk._takes_turns(1, 1, 64)
 
 
 @on_cpu

@@ -59,8 +59,8 @@ import subprocess
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from d2o.kernels.column_sums import SWIZZLED, TURNS
-from d2o.kernels.column_sums_turns import turns_kernel as kernel
+from d2o.kernels.column_sums import TURNS
+from d2o.kernels.column_sums_turns import SWIZZLED, turns_kernel as kernel
 
 TYPES = {"q": "*bf16", "k": "*bf16", "lse": "*fp32", "out": "*fp32", "factor": "fp32"}
 TYPES |= {"described_q": f"tensordesc<bf16[1,64,128],{SWIZZLED!r}>"}
