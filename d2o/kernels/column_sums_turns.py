@@ -2,9 +2,9 @@
 
 In :mod:`d2o.kernels.column_sums_kernels` all warps multiply, then all take exponentials, and two programs of a
 processor keep both of its units busy when they happen to be out of step. Here it is written down, in Gluon, Triton's
-language of layouts and asynchronous instructions: three groups of four warps own 128 keys each, a fourth fetches the
-queries, which all three read, and a group may multiply once the one before it is half done (ADR 0025). Nobody waits for
-anybody else, so that two groups take their exponentials while the third multiplies.
+language of layouts and asynchronous instructions: three groups of four warps own 128 keys each, one warp more fetches
+the queries, which all three read, and a group may multiply once the one before it is half done (ADR 0025). For nothing
+else does a group wait for another, so that two take their exponentials while the third multiplies.
 
 Barriers count in phases: ``full`` that a tile has come, ``empty`` that all groups have multiplied it, ``turns`` that a
 group may multiply.
@@ -87,7 +87,7 @@ def _fetch(
     SAMPLE: tl.constexpr,
     EXTRA: tl.constexpr,
 ) -> None:
-    """What the fourth group does: copies the queries of one tile after another, where there is room."""
+    """What the warp that fetches does: copies the queries of one tile after another, where there is room."""
     full, empty, _ = barriers
     STAGES: tl.constexpr = q_tiles.shape[0]
     BLOCK_Q: tl.constexpr = q_tiles.shape[2]

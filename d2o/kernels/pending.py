@@ -103,7 +103,8 @@ def settle(
 ) -> None:
     """Adds to the scores of (layer, row) pairs what their pending queries give; nothing is pending there afterwards.
 
-    Never waits for the device. Slots must lie as they did when the queries were decoded.
+    Never waits for the device. Slots must lie as they did when the queries were decoded. Vectors begin at multiples of
+    16 bytes, as tensors of their own do: for others the kernel is compiled anew.
 
     Args:
         pool: the pages; score is written.

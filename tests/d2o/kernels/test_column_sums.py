@@ -19,6 +19,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 HALF = torch.float16 if DEVICE == "cpu" else torch.bfloat16  # the interpreter's dot multiplies bfloat16's bits
 SMALL = Tiling(keys=32, queries=32, warps=4, stages=1)
+CUTS: list[list[int]] = [[], [64], [37, 130, 131], [192]]
+SAMPLES = [
+    {"stride": 2, "block": 16},
+    {"stride": 3, "block": 64},
+    {"stride": 4, "block": 32, "first_query": 77},
+    {"first_query": 197},
+]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-4, torch.float16: 2e-4}
 
 
@@ -78,16 +85,8 @@ def test_every_query_counts(heads: int, kv_heads: int, head_dim: int, dtype: tor
     torch.testing.assert_close(ours.received.sum(1), torch.full((heads,), 75.0, device=DEVICE), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("cuts", [[], [64], [37, 130, 131], [192]])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"stride": 2, "block": 16},
-        {"stride": 3, "block": 64},
-        {"stride": 4, "block": 32, "first_query": 77},
-        {"first_query": 197},
-    ],
-)
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("fields", SAMPLES)
 def test_samples_do_not_depend_on_chunks(cuts: list[int], fields: dict[str, int]) -> None:
     q, k = queries_keys(2, 1, 229, 64, torch.float32)
     rule = AttentionRule(0.2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +18,16 @@ from d2o.kernels.column_sums import LONG, MIDDLE, SHORT, TURNS, Tiling, add_colu
 from d2o.kernels.launch import multiplies_by_warp_groups
 from d2o.kernels.reference import column_sums as reference
 from tests.d2o.kernels import gluon_on_cpu
-from tests.d2o.kernels.test_column_sums import DEVICE, assert_equal, blank, fill, needs_gpu, queries_keys
+from tests.d2o.kernels.test_column_sums import (
+    CUTS,
+    DEVICE,
+    SAMPLES,
+    assert_equal,
+    blank,
+    fill,
+    needs_gpu,
+    queries_keys,
+)
 
 SMALL = replace(TURNS, keys=96, queries=16)
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="the GPU has its own compiler")
@@ -56,16 +67,8 @@ def test_every_query_counts(tokens: int, adjacent: int, hopper: list[tuple[int, 
 
 
 @on_cpu
-@pytest.mark.parametrize("cuts", [[], [64], [37, 130, 131], [192]])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"stride": 2, "block": 16},
-        {"stride": 3, "block": 64},
-        {"stride": 4, "block": 32, "first_query": 77},
-        {"first_query": 197},
-    ],
-)
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("fields", SAMPLES)
 @pytest.mark.parametrize("stages", [2, 4])
 def test_samples_do_not_depend_on_chunks(
     cuts: list[int], fields: dict[str, int], stages: int, hopper: list[tuple[int, int, int]]
@@ -114,6 +117,19 @@ def test_other_versions_of_triton_use_the_other_kernel(monkeypatch: pytest.Monke
     assert chunk._takes_turns(1, 1, 64)
     monkeypatch.setattr(column_sums, "turns", None)
     assert not chunk._takes_turns(1, 1, 64)
+
+
+@pytest.mark.parametrize(("version", "taken"), [("3.6.0", True), ("3.7.1", True), ("3.8.0", False), ("4.0.0", False)])
+def test_the_kernel_is_not_even_read_by_versions_that_have_not_compiled_it(version: str, taken: bool) -> None:
+    code = (
+        f"import sys, triton; triton.__version__ = {version!r}\n"
+        "from d2o.kernels import column_sums\n"
+        "read = 'd2o.kernels.column_sums_turns' in sys.modules\n"
+        "assert read == (column_sums.turns is not None), 'read and not kept'\n"
+        f"assert read is {taken}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 @on_cpu
