@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
+import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
+import zmq
 
 from d2o.config import D2OConfig
 from d2o.pages import PagePool
@@ -17,7 +25,10 @@ from d2o_server.engine.sequence import Stage
 from d2o_server.engine.types import SamplingParams
 from d2o_server.worker.build import BuiltWorker, build_worker
 from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.ranks import Follower, Leader, Ranks
 from d2o_server.worker.runner import Scored
+
+Result = TypeVar("Result")
 
 _RANDOM_SEED = 7
 _PAGES_AT_ONCE = 1 << 14
@@ -28,9 +39,52 @@ def progress(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def start(settings: WorkerSettings) -> BuiltWorker:
-    """A worker whose pool holds random numbers: zeros would flatter a GPU."""
-    worker = build_worker(settings, progress)
+def on_ranks(count: int, measure: Callable[[Ranks], Result]) -> Result:
+    """What ``measure`` returns here as rank 0 of ``count``; each other rank is a process, which measures beside it."""
+    if count == 1:
+        return measure(Ranks())
+    with TemporaryDirectory() as folder:
+        places = [f"ipc://{folder}/{number}" for number in range(count)]
+        meeting = f"{folder}/meeting"
+        leader = Leader([_bound(place) for place in places[1:]], meeting)
+        others = [
+            multiprocessing.get_context("spawn").Process(
+                target=_follow, args=(measure, place, number, count, meeting), daemon=True
+            )
+            for number, place in enumerate(places)
+            if number
+        ]
+        for other in others:
+            other.start()
+        threading.Thread(target=_end_with, args=(others,), daemon=True).start()
+        return measure(leader)
+
+
+def _bound(place: str) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+    socket.bind(place)
+    return socket
+
+
+def _follow(measure: Callable[[Ranks], object], place: str, number: int, count: int, meeting: str) -> None:
+    """A rank other than 0, which says nothing."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+    socket.connect(place)
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        measure(Follower(socket, number, count, meeting))
+
+
+def _end_with(others: Sequence[BaseProcess]) -> None:
+    """Ends this process when another rank has failed: no step of it would end."""
+    multiprocessing.connection.wait([other.sentinel for other in others])
+    if any(other.exitcode for other in others):
+        os._exit(1)
+
+
+def start(settings: WorkerSettings, ranks: Ranks | None = None) -> BuiltWorker:
+    """A worker, or one rank of it, whose pool holds random numbers: zeros would flatter a GPU."""
+    ranks = ranks or Ranks()
+    worker = build_worker(settings.rank(ranks.number), progress, ranks)
     pool = worker.core.runner.caches.pool
     torch.manual_seed(_RANDOM_SEED)
     for store in (pool.k, pool.v):

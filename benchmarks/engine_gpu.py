@@ -1,7 +1,8 @@
 """How near the engine comes to the GPU's own limits: decode steps, time to first token, compression and eviction.
 
-A worker in this process, without gRPC. Decode steps run on caches that stand as if their prompts had been read; the
-time to the first token is that of a real prompt. Writes ``engine_gpu.json``.
+A worker in this process, without gRPC, or one that is split over GPUs (``--tensor-parallel``): floors are then those
+of one rank. Decode steps run on caches that stand as if their prompts had been read; the time to the first token is
+that of a real prompt. Writes ``engine_gpu.json``.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from d2o.config import D2OConfig, Policy, ScoreQueries
+
+if TYPE_CHECKING:
+    from d2o_server.worker.ranks import Ranks
 
 NONE = D2OConfig(policy=Policy.NONE)
 _TIGHT = D2OConfig(budget_tokens=1024)
@@ -28,6 +33,7 @@ _BATCHES = (1, 4, 16, 32, 64, 128, 192, 256)
 _KINDS = {
     "attention": ("attend_kernel", "_plan_kernel", "cudnn", "flash", "fmha", "_merge_kernel"),
     "scores": ("column_sums", "settle_kernel"),
+    "exchange": ("nccl", "all_reduce"),
     "matrices": ("nvjet", "gemm", "cublas", "splitK", "cutlass"),
     "eviction": (
         *("cut_kernel", "keys_kernel", "split_kernel", "direct_kernel", "stage_kernel", "staged_kernel"),
@@ -43,10 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("engine_gpu: torch sees no GPU here; nothing was measured")
         return
     from benchmarks import _engine, _gpu
-    from d2o_server.settings import worker_settings
 
     options.out.mkdir(parents=True, exist_ok=True)
+    result = _engine.on_ranks(options.tensor_parallel, partial(_measure, options))
+    print(_gpu.write_result(options.out, options.name, result))
+
+
+def _measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """All that the options ask for; every rank of a worker measures the same."""
+    from benchmarks import _engine, _gpu
+    from d2o_server.settings import worker_settings
+
     began = time.perf_counter()
+    torch.cuda.set_device(ranks.number)
     ceilings = _gpu.Ceilings.measure()
     settings = worker_settings(
         model=options.model,
@@ -56,11 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gpu_memory_utilization=0.95,
         graphs=options.graphs,
         compile=options.compile,
+        tensor_parallel=ranks.count,
     )
-    worker = _engine.start(settings)
+    worker = _engine.start(settings, ranks)
     result: dict[str, Any] = {
         "ceilings": asdict(ceilings),
         "model": options.model,
+        "tensor_parallel": ranks.count,
         "pool_pages": worker.core.pool_state().total,
         "start_seconds": time.perf_counter() - began,
         "decode": [],
@@ -76,10 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.concurrency:
         result["concurrency"] = [_concurrency(worker, slots) for slots in (4096, 1024)]
     if options.profile:
-        result["parts_ms"] = [_parts(worker, batch, slots, options.out) for batch, slots in SHAPES]
+        tables = options.out if ranks.number == 0 else None
+        result["parts_ms"] = [_parts(worker, batch, slots, tables) for batch, slots in SHAPES]
         if options.prompt:
-            result["prompt_parts_ms"] = _prompt_parts(worker, options.prompt, options.out)
-    print(_gpu.write_result(options.out, options.name, result))
+            result["prompt_parts_ms"] = _prompt_parts(worker, options.prompt, tables)
+    return result
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="random:llama-3.1-8b")
     parser.add_argument("--max-sequences", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=40960)
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that the model is split over")
     parser.add_argument("--num-pages", type=int, help="default: what the GPU's memory affords")
     parser.add_argument("--prompt", type=int, default=32768, help="tokens of the prompt that is read; 0 for none")
     parser.add_argument("--streams", type=int, default=200, help="real requests that decode together; 0 for none")
@@ -106,7 +125,7 @@ def _decode(worker: Any, batch: int, slots: int, read_tb_s: float) -> dict[str, 
 
     core, shape = worker.core, worker.shape
     slot_bytes = 2 * shape.head_dim * 2
-    kv = batch * slots * shape.layers * shape.kv_heads
+    kv = batch * slots * shape.layers * core.runner.caches.pool.kv_heads
     floor = (worker.weight_bytes + kv * slot_bytes) / read_tb_s / 1e9
     row: dict[str, Any] = {"sequences": batch, "slots": slots, "floor_ms": floor}
     # On average over the sequences and the timed steps each run holds ``slots`` a sequence: with evictions from half of
@@ -206,7 +225,7 @@ def _concurrency(worker: Any, slots: int) -> dict[str, Any]:
     return {"slots": slots, "tokens_per_second": rates}
 
 
-def _parts(worker: Any, batch: int, slots: int, out: Path) -> dict[str, Any]:
+def _parts(worker: Any, batch: int, slots: int, out: Path | None) -> dict[str, Any]:
     """Milliseconds of a decode step by kind of kernel, evictions included, and in which no kernel ran."""
     from benchmarks import _engine
 
@@ -215,13 +234,13 @@ def _parts(worker: Any, batch: int, slots: int, out: Path) -> dict[str, Any]:
         _engine.time_steps(worker.core, steps=8)
         with _profiler() as profile:
             steps = _engine.time_steps(worker.core, steps=_PROFILED, warm_up=0)
-    parts = _by_kind(profile, _PROFILED, out / f"engine_gpu_{batch}x{slots}.txt")
+    parts = _by_kind(profile, _PROFILED, out and out / f"engine_gpu_{batch}x{slots}.txt")
     row = {"sequences": batch, "slots": slots, **parts, "idle": steps.device_ms - sum(parts.values())}
     print(row, flush=True)
     return row
 
 
-def _prompt_parts(worker: Any, tokens: int, out: Path) -> dict[str, Any]:
+def _prompt_parts(worker: Any, tokens: int, out: Path | None) -> dict[str, Any]:
     """The same of a prompt that is read and compressed."""
     from benchmarks import _engine
 
@@ -234,7 +253,7 @@ def _prompt_parts(worker: Any, tokens: int, out: Path) -> dict[str, Any]:
             worker.core.step()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    parts = _by_kind(profile, 1, out / "engine_gpu_prompt.txt")
+    parts = _by_kind(profile, 1, out and out / "engine_gpu_prompt.txt")
     row = {"prompt_tokens": tokens, **parts, "idle": 1000 * seconds - sum(parts.values())}
     print(row, flush=True)
     return row
@@ -244,14 +263,15 @@ def _profiler() -> torch.profiler.profile:
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
 
-def _by_kind(profile: torch.profiler.profile, runs: int, table: Path) -> dict[str, float]:
-    """Milliseconds a run by kind of kernel; the kernels themselves go into a file."""
+def _by_kind(profile: torch.profiler.profile, runs: int, table: Path | None) -> dict[str, float]:
+    """Milliseconds a run by kind of kernel; the kernels themselves go into a file, if one is named."""
     parts = dict.fromkeys((*_KINDS, "other"), 0.0)
     averages = profile.key_averages()
     for event in averages:
         kind = next((kind for kind, words in _KINDS.items() if any(word in event.key for word in words)), "other")
         parts[kind] += event.self_device_time_total / 1000 / runs
-    table.write_text(averages.table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80))
+    if table is not None:
+        table.write_text(averages.table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80))
     return parts
 
 

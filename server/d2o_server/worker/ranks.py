@@ -6,6 +6,7 @@ from the front it passes on before it acts on it, with a digest of its last repo
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from d2o_server import errors
 from d2o_server.engine.messages import StepReport
 from d2o_server.worker.tensor_parallel import Part
 
+_log = logging.getLogger(__name__)
 _RAISED = {kind.__name__: kind for kind in (errors.StartupError, errors.ModelUnsupported, errors.SettingsError)}
 
 
@@ -99,7 +101,27 @@ class Ranks:
             world_size=self.count,
             device_id=device if device.type == "cuda" else None,
         )
-        return Part(self.number, self.count, dist.distributed_c10d._get_default_group().group_name)
+        group = dist.distributed_c10d._get_default_group()
+        return Part(self.number, self.count, group.group_name, self._sum_of_products(group, device))
+
+    def _sum_of_products(
+        self, group: dist.ProcessGroup, device: torch.device
+    ) -> Callable[[Tensor, Tensor, str], Tensor] | None:
+        """What sums quickest over GPUs that can all read one another's memory."""
+        if device.type != "cuda":
+            return None
+        from d2o_server.worker import peer_memory
+
+        failure = ""
+        try:
+            peer_memory.share_memory(group, device)
+        except RuntimeError as error:
+            failure = str(error)
+        failures = [msgspec.msgpack.decode(word, type=str) for word in self.exchange(msgspec.msgpack.encode(failure))]
+        if any(failures):
+            _log.warning("GPUs cannot read one another's memory, so NCCL adds up: %s", next(filter(None, failures)))
+            return None
+        return peer_memory.summed_product
 
 
 def digest(report: StepReport) -> bytes:

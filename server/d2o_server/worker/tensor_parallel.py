@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,20 +22,27 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Part ``number`` of ``count``; ``group`` names the process group of those who hold the others."""
+    """Part ``number`` of ``count``; ``group`` names the process group of those who hold the others.
+
+    ``sum_of_products``, where there is one, takes x, weight and group and does what :meth:`summed_product` says.
+    """
 
     number: int
     count: int
     group: str
+    sum_of_products: Callable[[Tensor, Tensor, str], Tensor] | None = None
 
     def of(self, weight: Tensor, dim: int) -> nn.Parameter:
         """A copy of this part of ``weight`` along ``dim``, so that the whole can be freed."""
         part = weight.detach().chunk(self.count, dim)[self.number]
         return nn.Parameter(part.clone(memory_format=torch.contiguous_format), requires_grad=False)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of all parts' ``x``, on each of them."""
-        return _waited(torch.ops._c10d_functional.all_reduce(x, "sum", self.group))
+    def summed_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The sum over all parts of ``x`` [..., in_features] times ``weight`` [out_features, in_features], on each."""
+        if self.sum_of_products is not None:
+            return self.sum_of_products(x, weight, self.group)
+        product = nn.functional.linear(x, weight)
+        return _waited(torch.ops._c10d_functional.all_reduce(product, "sum", self.group))
 
     def concatenate(self, x: Tensor) -> Tensor:
         """All parts' ``x`` [..., features], side by side: [..., count * features]."""
@@ -57,7 +64,7 @@ class RowwiseLinear(nn.Module):
         self.part, self.weight, self.bias = part, part.of(whole.weight, 1), whole.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.part.sum(nn.functional.linear(x, self.weight))
+        out = self.part.summed_product(x, self.weight)
         return out if self.bias is None else out + self.bias
 
 
