@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import torch
 from d2o.config import D2OConfig, Policy, ScoreQueries
 
 if TYPE_CHECKING:
+    from d2o_server.engine.messages import StepReport
     from d2o_server.worker.ranks import Ranks
 
 NONE = D2OConfig(policy=Policy.NONE)
@@ -187,22 +189,23 @@ def _streams(worker: Any, count: int, config: D2OConfig) -> dict[str, Any]:
     for index, prompt in enumerate(prompts):
         _engine.submit(worker.core, f"stream-{index}", tuple(prompt), config, _STREAM_TOKENS)
     torch.cuda.synchronize()
-    began = last = time.perf_counter()
-    steps: list[float] = []
-    tokens = admitted = 0
+    began = time.perf_counter()
+    said: list[tuple[float, StepReport]] = []
+
+    def note(report: StepReport) -> None:
+        said.append((time.perf_counter(), report))
+
     while worker.core:
-        report = worker.core.step()
-        now = time.perf_counter()
-        # Before, steps read prompts as well.
-        if admitted == count and len(report.tokens) == count:
-            steps.append(1000 * (now - last))
-        admitted += len(report.admitted)
-        tokens, last = tokens + len(report.tokens), now
+        note(worker.core.step(note))
+    tokens = sum(len(report.tokens) for _, report in said)
+    full = [(now, len(report.tokens) == count) for now, report in said if report.tokens]
+    # Between reports in which all have decoded no prompt was read.
+    steps = [1000 * (now - before) for (before, all_before), (now, every) in pairwise(full) if all_before and every]
     percentiles = torch.tensor(steps or [0.0]).quantile(torch.tensor([0.5, 0.95, 0.99, 1.0])).tolist()
     row = {
         "policy": config.policy.value,
         "streams": count,
-        "output_tokens_per_second": tokens / (last - began),
+        "output_tokens_per_second": tokens / (said[-1][0] - began),
         "step_ms": dict(zip(("p50", "p95", "p99", "max"), percentiles, strict=True)),
     }
     print(row, flush=True)

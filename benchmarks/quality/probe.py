@@ -210,7 +210,8 @@ class Probe:
         """Reads all of the prompt but its last token, which each copy reads itself."""
         tokens = len(parent.prompt) - 1
         for start in range(0, tokens, _CHUNK):
-            self.runner.launch(StepPlan((), (PrefillSlice(parent, start, min(_CHUNK, tokens - start)),)), Scored())
+            plan = StepPlan((), (PrefillSlice(parent, start, min(_CHUNK, tokens - start)),))
+            self.runner.compress(plan, self.runner.launch(plan, Scored()))
 
     def _sequence(self, name: str, prompt: tuple[int, ...], known: tuple[int, ...], config: D2OConfig) -> Sequence:
         reservation = reserve(self.core.shape, config, len(prompt), len(known))

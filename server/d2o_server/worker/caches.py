@@ -253,6 +253,13 @@ class CacheManager:
             layers = self._sliding[due]
             self._evict(layers, torch.full_like(layers, cache.row), _WINDOW_ONLY, None)
 
+    def must_wait(self, read: Sequence[SequenceCache]) -> bool:
+        """Whether budgets are about to be fixed: of prompts that were ``read`` whole now, or in :meth:`evict_due`."""
+        if any(map(self._compresses, read)):
+            return True
+        due = self._of_full_layers(self.pool.used) >= self._of_full_layers(self.limit)
+        return any(not self.by_row[row].compressed for row in due.any(0).nonzero().flatten().tolist())
+
     def evict_due(self) -> None:
         """Evicts in every (layer, sequence) whose slack is full; called after a step's attention."""
         layers, rows = (self.pool.used >= self.limit).nonzero(as_tuple=True)

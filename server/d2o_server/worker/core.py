@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 
 from d2o_server.engine.auto import choice_of
 from d2o_server.engine.memory import CacheShape, reserve
@@ -113,14 +114,18 @@ class WorkerCore:
                 )
             )
 
-    def step(self) -> StepReport:
-        """Admits, launches one step and reports what has ended; with nothing to run it waits for what is under way."""
+    def step(self, early: Callable[[StepReport], None] = lambda _: None) -> StepReport:
+        """Admits, launches one step and reports what has ended; with nothing to run it waits for what is under way.
+
+        ``early`` is told what ended before the step where compression has to wait for the step itself: a prompt of
+        thousands of tokens may be read in it.
+        """
         self._admit()
         if not self.runner.depth:
             self._finish(0)
         plan = self.scheduler.plan()
         if plan:
-            self._launch(plan)
+            self._launch(plan, early)
         self._finish(self.runner.depth if plan else 0)
         if self._check_every_step or not self.scheduler:
             self.check_integrity()
@@ -143,11 +148,11 @@ class WorkerCore:
         self._cache_state_due = now + _CACHE_STATE_SECONDS
         return self.runner.caches.state()
 
-    def _launch(self, plan: StepPlan) -> None:
+    def _launch(self, plan: StepPlan, early: Callable[[StepReport], None]) -> None:
         scored = Scored()
         while plan:
             try:
-                launched = self.runner.launch(plan, scored)
+                self._launch_and_compress(plan, scored, early)
             except OutOfDeviceMemory as error:
                 if self.in_lockstep:
                     raise
@@ -158,9 +163,20 @@ class WorkerCore:
                 self._fail_step(plan, error)
                 return
             else:
-                self.scheduler.launched(plan)
-                self._under_way.append(launched)
                 return
+
+    def _launch_and_compress(self, plan: StepPlan, scored: Scored, early: Callable[[StepReport], None]) -> None:
+        launched = self.runner.launch(plan, scored)
+        self.scheduler.launched(plan)
+        waits = self.runner.compression_waits(plan)
+        if waits:
+            self._finish(0)
+            if self._changes:
+                early(self._report())
+        self.runner.compress(plan, launched)
+        self._under_way.append(launched)
+        if waits:
+            self._finish(0)
 
     def _apply(self, outcome: StepOutcome) -> None:
         """Takes in what a step did; sequences that have gone since it was launched have no part in it."""
@@ -200,7 +216,8 @@ class WorkerCore:
         """A defect of ours costs the requests of the step in which it showed."""
         _log.exception("a step of %d sequences failed", len(list(plan.sequences)))
         for sequence in plan.sequences:
-            self._fail(sequence, EngineFailure(f"the step that ran the request failed: {type(error).__name__}"))
+            if sequence.stage is not Stage.FINISHED:
+                self._fail(sequence, EngineFailure(f"the step that ran the request failed: {type(error).__name__}"))
 
     def _without_newest(self, plan: StepPlan, error: OutOfDeviceMemory) -> StepPlan:
         """Fails the newest request of a step that ran out of memory; returns what can run at once without it.

@@ -135,7 +135,9 @@ class Runner(ABC):
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, scored: Scored) -> Launched:
-        """Launches one step; prompts whose last chunk runs are sampled like decoding sequences and compressed.
+        """Launches one step; prompts whose last chunk runs are sampled like decoding sequences.
+
+        :meth:`compress` must follow before the next.
 
         Args:
             plan: the step.
@@ -155,7 +157,6 @@ class Runner(ABC):
         else:
             for layer, own in scored.own.items():
                 self.caches.set_newest_scores(layer, rows, own[: rows.numel()])
-            self._compress(plan, launched)
             return launched
         # Only out here does nothing refer to the failed step's tensors any more.
         torch.cuda.empty_cache()
@@ -170,7 +171,14 @@ class Runner(ABC):
     def _run(self, plan: StepPlan, scored: set[int]) -> Launched:
         """Takes slots for the step's tokens, runs the model and samples."""
 
-    def _compress(self, plan: StepPlan, launched: Launched) -> None:
+    def compression_waits(self, plan: StepPlan) -> bool:
+        """Whether :meth:`compress` will wait for the step to end."""
+        read = [self.running[part.sequence.id].cache for part in plan.prefill if part.last]
+        return self.caches.must_wait(read)
+
+    @torch.inference_mode()
+    def compress(self, plan: StepPlan, launched: Launched) -> None:
+        """Compresses the prompts whose last chunk runs in a step, and all that is due; adds what it settles to it."""
         failed = {sequence.id for sequence, _ in launched.failed}
         finished = [part.sequence for part in plan.prefill if part.last and part.sequence.id not in failed]
         try:

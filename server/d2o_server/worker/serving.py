@@ -16,6 +16,7 @@ from d2o_server.engine.messages import (
     Ready,
     Refused,
     Shutdown,
+    StepReport,
     WorkerSettings,
     decode_settings,
     decode_to_worker,
@@ -76,6 +77,10 @@ def _failing_as_one(ranks: Ranks) -> Iterator[None]:
 
 
 def _run(socket: zmq.Socket[bytes], say: Callable[[FromWorker], None], core: WorkerCore, ranks: Ranks) -> None:
+    def tell(report: StepReport) -> None:
+        ranks.note(report)
+        say(report)
+
     while True:
         for data in ranks.take(lambda: _received(socket, wait=not core)):
             message = decode_to_worker(data)
@@ -85,9 +90,7 @@ def _run(socket: zmq.Socket[bytes], say: Callable[[FromWorker], None], core: Wor
         if core:
             if admission := core.admit():
                 say(admission)
-            report = core.step()
-            ranks.note(report)
-            say(report)
+            tell(core.step(tell))
 
 
 def _received(socket: zmq.Socket[bytes], *, wait: bool) -> list[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from d2o_server.engine.messages import StepReport
@@ -24,7 +25,7 @@ def mood() -> str:
     return path.read_text() if path.exists() else ""
 
 
-def step(core: WorkerCore) -> StepReport:
+def step(core: WorkerCore, *early: Callable[[StepReport], None]) -> StepReport:
     # Not in the warm-up, for which no front waits.
     if core.scheduler.find(trial_id(0)) is None:
         if mood() == "die":
@@ -33,7 +34,7 @@ def step(core: WorkerCore) -> StepReport:
             os._exit(3)
         while mood() == "hang":
             time.sleep(0.1)
-    return _step(core)
+    return _step(core, *early)
 
 
 def main() -> None:

@@ -177,7 +177,12 @@ class Harness:
         return name
 
     def step(self) -> StepReport:
-        report = self.core.step()
+        report = self.core.step(self.take)
+        self.take(report)
+        return report
+
+    def take(self, report: StepReport) -> None:
+        """Notes what a report says."""
         for admitted in report.admitted:
             self.answers[admitted.id].reserved = admitted.reserved_pages
             self.answers[admitted.id].config = admitted.config
@@ -191,7 +196,6 @@ class Harness:
             self.answers[failed.id].failure = failed
         for name in report.cancelled:
             self.answers[name].cancelled = True
-        return report
 
     def run(self) -> dict[str, Answer]:
         """Steps until idle; everything is given back by then."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2o.config import D2OConfig
 from d2o.kernels.decode_plan import DecodeGrid
-from d2o_server.engine.messages import Cancel
+from d2o_server.engine.messages import Cancel, StepReport
 from d2o_server.engine.types import SamplingParams
 from d2o_server.models.describe import describe
 from d2o_server.settings import worker_settings
@@ -194,6 +194,33 @@ def test_a_cancelled_sequence_leaves_the_step_that_is_under_way_and_its_neighbou
     answered = harness.run()
     assert answered["gone"].cancelled
     assert answered["stays"].tokens == expected[1].tokens
+
+
+@pytest.mark.parametrize(("policy", "length"), [("default", 45), ("late", 42)])
+def test_a_step_that_compression_waits_for_holds_back_no_earlier_token(policy: str, length: int) -> None:
+    """A prompt of two chunks is compressed when it has been read, another once it has outgrown its budget."""
+    prompts = random_prompts((9, length), seed=4)
+    settings = (NONE, POLICIES[policy])
+    expected = Harness(served_model("tiny-llama"))
+    harness = KernelHarness(chunk=32)
+    for name, prompt, config in zip(("runs", "compressed"), prompts, settings, strict=True):
+        expected.submit(prompt, config, name=name, new=2 * NEW)
+        harness.submit(prompt, config, name=name, new=2 * NEW)
+    while harness.core:
+        waiting: list[StepReport] = []
+        report = harness.core.step(waiting.append)
+        for each in (*waiting, report):
+            harness.take(each)
+        if waiting:
+            # What the step before brought came first, and the step that was waited for is not kept back either.
+            assert "runs" in [token.id for token in waiting[0].tokens]
+            assert {token.id for token in report.tokens} == {"runs", "compressed"}
+            assert not harness.core._under_way
+            break
+    else:
+        pytest.fail("compression waited for no step")
+    assert harness.run()["compressed"].tokens == expected.run()["compressed"].tokens
+    assert harness.answers["runs"].tokens == expected.answers["runs"].tokens
 
 
 def test_joined_projections_are_the_layers_that_they_replace() -> None:
