@@ -54,7 +54,9 @@ def expect(window: Tensor, tokens: Sequence[int], budget: int, group: int, confi
     slots = expected_slots(tokens, int(config.recurrence_share * budget))
     if slots:
         queries = min(config.window_queries, len(tokens))
-        window[..., torch.tensor(slots, device=window.device)] += _WEIGHT * queries * group / len(tokens)
+        # Pinned, so that the host does not wait for what the device does.
+        there = torch.tensor(slots, pin_memory=window.is_cuda).to(window.device, non_blocking=True)
+        window[..., there] += _WEIGHT * queries * group / len(tokens)
 
 
 def _places(ids: Tensor) -> list[int]:

@@ -43,6 +43,7 @@ class CacheManager:
         self.by_row: dict[int, SequenceCache] = {}
         self.ranks = Ranks()
         self._full = torch.tensor([i for i, w in enumerate(shape.windows) if w is None], dtype=torch.int64)
+        self._full_on_device = self._full.to(self.pool.device)
         self._sliding = torch.tensor([i for i, w in enumerate(shape.windows) if w is not None], dtype=torch.int64)
         self._windows = torch.tensor([w for w in shape.windows if w is not None], dtype=torch.int64)
 
@@ -194,7 +195,9 @@ class CacheManager:
 
     def _of_full_layers(self, values: Tensor) -> Tensor:
         """``values`` [layers, ...] of the layers that compression applies to."""
-        return values if not self._sliding.numel() else values[self._full]
+        if not self._sliding.numel():
+            return values
+        return values[self._full if values.device == self._full.device else self._full_on_device]
 
     def _fix_budgets(self, caches: list[SequenceCache], received: Sequence[Tensor | None]) -> None:
         """Fixes what each layer of the caches goes back to, from the attention [full layers, heads, tokens] received.

@@ -168,11 +168,10 @@ class WorkerCore:
     def _launch_and_compress(self, plan: StepPlan, scored: Scored, early: Callable[[StepReport], None]) -> None:
         launched = self.runner.launch(plan, scored)
         self.scheduler.launched(plan)
-        waits = self.runner.compression_waits(plan)
-        if waits:
+        waits = self.runner.depth > 0 and self.runner.compression_waits(plan)
+        if waits and self._under_way:
             self._finish(0)
-            if self._changes:
-                early(self._report())
+            early(self._report())
         self.runner.compress(plan, launched)
         self._under_way.append(launched)
         if waits:

@@ -59,4 +59,6 @@ class PromptScores:
         """``received`` of the whole prompt as an estimate over all of its queries."""
         prompt = self.received.shape[-1]
         positions = torch.arange(prompt, device=self.received.device)[None, None]
-        return extrapolate(self.received, positions, torch.tensor([prompt], device=positions.device), self.config)
+        # Not a number of the host's, which would have it wait for the device.
+        seen = torch.full((1,), prompt, device=positions.device)
+        return extrapolate(self.received, positions, seen, self.config)
