@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import torch
 # Before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from tests.interpreter import quicken
+
+    quicken()
 
 # Several processes that each compute on all cores get in each other's way.
 if "PYTEST_XDIST_WORKER" in os.environ:
