@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks._cli import RESULTS
 
 _GREY, _BLUE, _INK = "#9aa0a6", "#2a6f97", "#202124"
-_PARTS = (_BLUE, "#468faf", "#89c2d9", "#e9c46a", "#c5c9ce", "#f1f3f4")
+_PARTS = (_BLUE, "#468faf", "#89c2d9", "#e9c46a", "#c5c9ce", "#f1f3f4", "#9aa5b1")
 
 
 def plot_concurrency(folder: Path, name: str = "concurrency") -> Path:
@@ -109,7 +109,7 @@ def _by_streams(
 def _stacked(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     """One bar a shape: the share of each kind of kernel, and of the time in which none ran."""
     labels = [f"{row['sequences']} x {row['slots']:,}" for row in rows]
-    kinds = [kind for kind in rows[0] if kind not in ("sequences", "slots")]
+    kinds = [kind for kind in rows[0] if kind not in ("sequences", "slots") and any(row[kind] for row in rows)]
     totals = [sum(row[kind] for kind in kinds) for row in rows]
     begun = [0.0] * len(rows)
     for kind, color in zip(kinds, _PARTS, strict=False):
