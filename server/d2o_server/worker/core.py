@@ -166,6 +166,7 @@ class WorkerCore:
                 return
 
     def _launch_and_compress(self, plan: StepPlan, scored: Scored, early: Callable[[StepReport], None]) -> None:
+        """Tokens that are there are told before compression waits for this step, and this step's once it has ended."""
         launched = self.runner.launch(plan, scored)
         self.scheduler.launched(plan)
         waits = self.runner.depth > 0 and self.runner.compression_waits(plan)
@@ -215,6 +216,7 @@ class WorkerCore:
         """A defect of ours costs the requests of the step in which it showed."""
         _log.exception("a step of %d sequences failed", len(list(plan.sequences)))
         for sequence in plan.sequences:
+            # The step before may have ended it meanwhile.
             if sequence.stage is not Stage.FINISHED:
                 self._fail(sequence, EngineFailure(f"the step that ran the request failed: {type(error).__name__}"))
 

@@ -43,6 +43,11 @@ def share_memory(group: dist.ProcessGroup, device: torch.device) -> None:
     _shared[group.group_name] = _Shared(group, buffer)
 
 
+def give_up(group: dist.ProcessGroup) -> None:
+    """Frees what :func:`share_memory` allocated here, where it failed on another rank."""
+    _shared.pop(group.group_name, None)
+
+
 @torch.library.custom_op("d2o::summed_product", mutates_args=())
 def summed_product(x: Tensor, weight: Tensor, group: str) -> Tensor:
     """The sum over ``group`` of every rank's ``x`` [..., its inputs] times its ``weight`` [outputs, its inputs].

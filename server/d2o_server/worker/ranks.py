@@ -119,6 +119,7 @@ class Ranks:
             failure = str(error)
         failures = [msgspec.msgpack.decode(word, type=str) for word in self.exchange(msgspec.msgpack.encode(failure))]
         if any(failures):
+            peer_memory.give_up(group)
             _log.warning("GPUs cannot read one another's memory, so NCCL adds up: %s", next(filter(None, failures)))
             return None
         return peer_memory.summed_product

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from d2o.config import D2OConfig, Policy
+from d2o_server.engine.scheduler import StepPlan
 from d2o_server.worker.caches import CacheManager
+from d2o_server.worker.runner import Launched
 from tests.server.worker.conftest import NONE, PAGE, Harness, generate, random_prompts, served_model
 
 SMALL = D2OConfig(min_budget=1, ratio=0.3)
@@ -157,3 +159,23 @@ def test_taking_slots_back_restores_lengths_and_pages() -> None:
     assert torch.equal(caches.seen, before[2])
     assert harness.pool.free_pages == before[3]
     harness.pool.check_integrity()
+
+
+@pytest.mark.parametrize(("config", "waits"), [(NONE, False), (D2OConfig(budget_tokens=40), True)])
+def test_only_budgets_make_the_host_wait(config: D2OConfig, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What leaves a sliding window goes without: of windows nothing is computed."""
+    harness = Harness(served_model("tiny-gemma2"), chunk=500)
+    (prompt,) = random_prompts((37,))
+    harness.submit(prompt, config, new=120)
+    runner, seen = harness.core.runner, []
+    compress = runner.compress
+
+    def note(plan: StepPlan, launched: Launched) -> None:
+        due = bool((harness.pool.used >= runner.caches.limit).any())
+        seen.append((due, runner.compression_waits(plan)))
+        compress(plan, launched)
+
+    monkeypatch.setattr(runner, "compress", note)
+    harness.run()
+    assert any(due for due, _ in seen)
+    assert [each for _, each in seen].count(True) == waits

@@ -240,6 +240,28 @@ def test_a_step_that_compression_waits_for_holds_back_no_earlier_token(policy: s
     assert harness.answers["runs"].tokens == expected.answers["runs"].tokens
 
 
+def test_compression_that_fails_costs_none_that_ended_a_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest token of one, told before compression waits, ends it although it takes part in the step that fails."""
+    first, second = random_prompts((9, 20), seed=4)
+    (free,) = answers(Harness(served_model("tiny-llama")), [first], NONE)
+    harness = KernelHarness(chunk=32)
+    harness.submit(first, NONE, name="ends", new=NEW, end_ids=(free.tokens[1],))
+    harness.step()
+    harness.step()
+    harness.submit(second, D2OConfig(budget_tokens=12), name="fails", new=NEW)
+
+    def fail(*_: object) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(harness.core.runner, "compress", fail)
+    harness.step()
+    assert harness.answers["ends"].tokens == free.tokens[:2]
+    assert harness.answers["ends"].reason == "end_of_text"
+    assert harness.answers["ends"].failure is None
+    assert harness.answers["fails"].failure is not None
+    assert harness.holds_nothing()
+
+
 def test_joined_projections_are_the_layers_that_they_replace() -> None:
     plain, joined = load("tiny-qwen2", "d2o"), load("tiny-qwen2", "d2o")
     join_projections(joined)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
@@ -12,6 +13,7 @@ import zmq
 
 from d2o_server.engine.messages import NewToken, PoolState, StepReport
 from d2o_server.errors import SettingsError, StartupError
+from d2o_server.worker import peer_memory
 from d2o_server.worker.ranks import Follower, Leader, Ranks, RanksDiffer
 
 T = TypeVar("T")
@@ -42,6 +44,34 @@ def test_all_ranks_hear_all(ranks: tuple[Ranks, ...]) -> None:
     assert words == [[b"0", b"1", b"2"]] * 3
     assert on_all(ranks, lambda rank: rank.least(7 - rank.number)) == [5, 5, 5]
     assert on_all(ranks, lambda rank: rank.mean([float(rank.number), 1.0])) == [[1.0, 1.0]] * 3
+
+
+@pytest.mark.parametrize("failing", [{1}, {0, 2}, set()])
+def test_where_one_gpu_cannot_share_its_memory_none_does(
+    ranks: tuple[Ranks, ...], failing: set[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each thread's group is its own here, by which what is left of its memory is found."""
+
+    def share(group: SimpleNamespace, _: torch.device) -> None:
+        if group.number in failing:
+            raise RuntimeError(f"GPU {group.number} has no way to the others")
+        peer_memory._shared[group.group_name] = peer_memory._Shared(group, torch.empty(0))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(peer_memory, "_shared", {})
+    monkeypatch.setattr(peer_memory, "share_memory", share)
+
+    def sums(rank: Ranks) -> object:
+        group = SimpleNamespace(number=rank.number, group_name=f"of {rank.number}")
+        return rank._sum_of_products(group, torch.device("cuda"))  # type: ignore[arg-type]
+
+    if failing:
+        assert on_all(ranks, sums) == [None] * 3
+        assert not peer_memory._shared
+        assert f"NCCL adds up: GPU {min(failing)} has no way" in caplog.text
+    else:
+        assert on_all(ranks, sums) == [peer_memory.summed_product] * 3
+        assert len(peer_memory._shared) == 3
+        assert not caplog.text
 
 
 def test_one_that_is_alone_agrees_with_itself() -> None:
