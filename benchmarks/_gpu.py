@@ -100,10 +100,14 @@ def time_in_turn(runs: Mapping[str, Callable[[], object]], *, rounds: int = 3, s
     What is compared must therefore have run by itself for a while, and in the same round.
     """
     counts = {name: max(4, int(1000 * seconds / time_gpu(run, repeats=3, warmup=2))) for name, run in runs.items()}
-    return [{name: _mean(run, counts[name]) for name, run in runs.items()} for _ in range(rounds)]
+    return [{name: mean_ms(run, counts[name]) for name, run in runs.items()} for _ in range(rounds)]
 
 
-def _mean(run: Callable[[], object], count: int) -> float:
+def mean_ms(run: Callable[[], object], count: int) -> float:
+    """Milliseconds of one of ``count`` calls behind each other, after as many that are not timed.
+
+    What the host takes to launch one hides behind those before, which it does not where each is timed by itself.
+    """
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for _ in range(count):
         run()

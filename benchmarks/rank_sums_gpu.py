@@ -78,7 +78,7 @@ def _microseconds(add_up: Callable[[], object]) -> float:
         for _ in range(_SUMS):
             add_up()
     dist.barrier()
-    return 1000 * _gpu.time_gpu(graph.replay, repeats=_REPLAYS, warmup=3) / _SUMS
+    return 1000 * _gpu.mean_ms(graph.replay, _REPLAYS) / _SUMS
 
 
 if __name__ == "__main__":

@@ -155,7 +155,11 @@ class Step:
         attention = [partial(self._attend, layer) for layer in range(_LAYERS)]
         products = [partial(self._multiply, layer) for layer in range(_LAYERS)]
         both = [part for pair in zip(attention, products, strict=True) for part in pair]
-        runs = {"attention": attention, "products": [*products, last], "both": [*both, last]}
+        runs: dict[str, list[Callable[[], object]]] = {
+            "attention": [*attention],
+            "products": [*products, last],
+            "both": [*both, last],
+        }
         return {name: _captured(parts) for name, parts in runs.items()}
 
 
@@ -205,7 +209,7 @@ def _measure() -> dict[str, Any]:
 
 
 def _weight(outputs: int, inputs: int) -> Tensor:
-    return torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda") / inputs**0.5
+    return torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda").mul_(inputs**-0.5)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from array import array
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks import (
     equal_pool,
     neighbour_cpu,
     plot,
+    step_limits_gpu,
     throughput,
 )
 from benchmarks._load import Load, Outcome
@@ -331,3 +333,22 @@ def test_a_neighbours_cost_is_measured_by_how_long_threads_spin(tmp_path: Path) 
     assert line["environment"] == {"GOMP_SPINCOUNT": "300000"}
     (alone,), (beside,) = line["seconds_alone"], line["seconds_beside"]
     assert line["beside_over_alone"] == beside / alone > 0
+
+
+def test_power_is_the_mean_of_whole_samples_while_a_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool, said = tmp_path / "nvidia-smi", tmp_path / "said"
+    lines = ("650.0, 1980, Not Active", "700.0, 1800, Active", "690.0, 17")
+    tool.write_text(f"#!/bin/sh\nprintf '%s\\n' {' '.join(map(repr, lines))}\ntouch {said}\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    meter = step_limits_gpu.Meter()
+    with meter.running():
+        while not said.exists():
+            time.sleep(0.01)
+    # The third was cut off, and of the whole ones the last may have been.
+    assert meter.mean() == step_limits_gpu.Readings(watts=650.0, sm_mhz=1980.0, capped=0.0)
+    tool.write_text("#!/bin/sh\n")
+    with meter.running():
+        pass
+    with pytest.raises(RuntimeError, match="nvidia-smi gave no sample of power"):
+        meter.mean()
