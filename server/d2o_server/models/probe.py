@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from d2o_server.engine.shape import ModelShape
 from d2o_server.errors import ModelUnsupported
@@ -80,12 +80,8 @@ def _watched(model: PreTrainedModel, calls: list[_Call]) -> Iterator[None]:
         output = query.new_zeros(*query.shape[:-1], value.shape[-1])
         return output.transpose(1, 2).contiguous(), None
 
-    def no_mask(*_: Any, **__: Any) -> None:
-        return None
-
     before = model.config._attn_implementation
     AttentionInterface.register(_NAME, attention)
-    AttentionMaskInterface.register(_NAME, no_mask)
     try:
         model.set_attn_implementation(_NAME)
         yield

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from d2o.attention import AttentionRule, DecodeSegments, ScoreTarget, decode_attention, prefill_attention
 from d2o.pages import PagePool
@@ -126,13 +126,13 @@ class StepContext:
 
 
 def register() -> None:
-    """Makes ``attn_implementation="d2o"`` known to transformers."""
+    """Makes ``attn_implementation="d2o"`` known to transformers.
+
+    It has no mask function on purpose: pages know what each query may see, and a mask over the flattened batch would be
+    wrong. Where there is none transformers asks for no mask; where there is one, even one that makes none, it first has
+    the host wait for the device to tell whether the positions are of several sequences.
+    """
     AttentionInterface.register(ATTENTION_NAME, attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-
-
-def _no_mask(*args: object, **kwargs: object) -> None:
-    """Pages know what each query may see; a mask over the flattened batch would be wrong."""
 
 
 def attention(

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 from d2o.attention import AttentionRule, prefill_attention
 from d2o.pages import PagePool
 from d2o_server.worker.hf_attention import ATTENTION_NAME, PrefillChunk, StepContext, attention, register
+from tests.server.worker.conftest import Harness, served_model
 
 HEADS, KV_HEADS, DIM, TOKENS = 4, 2, 16, 20
 
@@ -65,11 +66,26 @@ def call(layer: int = 0, **named: Any) -> torch.Tensor:
     return out
 
 
-def test_it_is_registered_with_a_mask_function_that_makes_no_mask() -> None:
+def test_it_is_registered_without_a_mask_function() -> None:
     register()
-    masks: dict[str, Any] = AttentionMaskInterface._global_mapping
     assert AttentionInterface._global_mapping[ATTENTION_NAME] is attention
-    assert masks[ATTENTION_NAME](1, 2, some="mask") is None
+    assert ATTENTION_NAME not in AttentionMaskInterface._global_mapping
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3", "tiny-gpt-neox"])
+def test_a_step_does_not_ask_whether_its_positions_are_of_several_sequences(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host would wait for the device, and with it for all steps before."""
+
+    def asked(*_: object) -> None:
+        raise AssertionError("the positions were looked at")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", asked)
+    harness = Harness(served_model(name))
+    for length in (5, 30):
+        harness.submit(range(1, length), new=3)
+    assert [answer.failure for answer in harness.run().values()] == [None, None]
 
 
 def test_the_result_has_the_shape_that_transformers_expects(pool: PagePool) -> None:
