@@ -206,7 +206,8 @@ class Worker:
 
     async def _live_on(self, socket: zmq.asyncio.Socket, address: str, started: asyncio.Future[Ready]) -> str:
         pulse = Pulse(pulse_file(address), create=True)
-        self._process = process = WorkerProcess(self._module, address, self._environment)
+        ranks = self.settings.tensor_parallel
+        self._process = process = WorkerProcess(self._module, address, self._environment, ranks)
         watching = asyncio.create_task(self._watch(pulse))
         hearing = asyncio.create_task(self._hear(socket, started))
         died, stopping = asyncio.create_task(process.wait()), asyncio.create_task(self._stop.wait())

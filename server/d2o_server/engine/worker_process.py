@@ -36,18 +36,24 @@ def process_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class WorkerProcess:
-    """A worker's process, from the order for it to its end.
+    """A worker's process, from the order for it to its end; of ``ranks`` processes it starts the others itself.
 
     ``pid`` is None until it has been forked, and again once it has ended; then ``status`` is its exit status, negative
     for a signal. Where the template ends that is the template's.
     """
 
-    def __init__(self, module: str, address: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, module: str, address: str, environment: Mapping[str, str], ranks: int = 1) -> None:
         self.pid: int | None = None
         self.status: int | None = None
         self._group: int | None = None
         variables = process_environment(os.environ | dict(environment))
-        order = {"module": module, "address": address, "directory": str(Path.cwd()), "environment": variables}
+        order = {
+            "module": module,
+            "address": address,
+            "directory": str(Path.cwd()),
+            "environment": variables,
+            "ranks": ranks,
+        }
         self._order = json.dumps(order).encode() + b"\n"
         self._template = _Template.current()
         self._connection = self._template.connect()

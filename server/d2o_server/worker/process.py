@@ -12,8 +12,10 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,23 +26,63 @@ _ORPHAN_POLL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
-def main() -> None:
-    """Entry point of the process: ``python -m d2o_server.worker.process ADDRESS PARENT [RANK]``.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of its worker's ranks a process is, and who tells it what to do.
 
-    ``RANK`` 0, the default, is forked from a template (:mod:`d2o_server.worker.template`); rank 0 starts the others.
+    Attributes:
+        address: where the front listens, or rank 0 for another rank.
+        parent: the process that started it, which it does not outlive.
+        rank: its number.
+        others: process ids of the other ranks, in order, where it is rank 0.
+    """
+
+    address: str
+    parent: int
+    rank: int = 0
+    others: tuple[int, ...] = ()
+
+
+def main() -> None:
+    """Entry point of the process: ``python -m d2o_server.worker.process ADDRESS PARENT [RANKS]``.
+
+    It is forked from a template (:mod:`d2o_server.worker.template`), and forks the other ranks of its worker itself.
     """
     call_it("d2o-worker")
-    address, parent, rank, *_ = (*sys.argv[1:], "0")
+    address, parent, ranks, *_ = (*sys.argv[1:], "1")
+    place = fork_ranks(address, int(parent), int(ranks))
     logs.configure(os.environ.get("D2O_LOG_LEVEL", "INFO"), os.environ.get("D2O_LOG_FORMAT", "text"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(place.parent,), daemon=True).start()
 
     with importing():
         from d2o_server.worker.serving import serve
 
-    serve(address, int(rank))
+    serve(place)
     end()
+
+
+def fork_ranks(address: str, parent: int, count: int) -> Place:
+    """Forks ranks 1 to ``count`` - 1, in which it returns as well, each with its own place.
+
+    To be called before there is what a fork does not survive: threads, and what is known of a GPU.
+    """
+    leader, others = os.getpid(), []
+    for rank in range(1, count):
+        forked = fork()
+        if not forked:
+            return Place(f"{address}-rank{rank}", leader, rank)
+        others.append(forked)
+    return Place(address, parent, 0, tuple(others))
+
+
+def fork() -> int:
+    """``os.fork`` of a process that has no thread of its own."""
+    with warnings.catch_warnings():
+        # Of a linear algebra library's threads, which it ends before a fork by itself.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def end() -> NoReturn:

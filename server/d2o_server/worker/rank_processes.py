@@ -1,20 +1,18 @@
-"""Starts the other ranks of a worker as processes of its own, and ends with the first that ends."""
+"""Rank 0's side of the other ranks of its worker, which it has forked: tells them their settings, ends with any."""
 
 from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
+import signal
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import zmq
 
 from d2o_server.engine.messages import WorkerSettings, encode
-from d2o_server.worker.process import MODULE
+from d2o_server.worker.process import Place
 from d2o_server.worker.ranks import Follower, Leader, Ranks
 
 _SECONDS_TO_STOP = 2.0
@@ -22,50 +20,69 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def ranks_of(socket: zmq.Socket[bytes], settings: WorkerSettings, address: str, number: int) -> Iterator[Ranks]:
-    """This process among the ranks of its worker; rank 0 starts the others, which are gone afterwards.
+def ranks_of(socket: zmq.Socket[bytes], settings: WorkerSettings, place: Place) -> Iterator[Ranks]:
+    """This process among the ranks of its worker; those that rank 0 has forked are gone afterwards.
 
     Args:
         socket: to the front, or to rank 0.
         settings: the worker's, or this rank's own.
-        address: what ``socket`` is connected to.
-        number: of this rank.
+        place: where this process stands.
+
+    Raises:
+        ValueError: rank 0 has forked others than the settings ask for.
     """
-    meeting = address.removeprefix("ipc://").removesuffix(f"-rank{number}") + "-ranks"
-    if number:
-        yield Follower(socket, number, settings.tensor_parallel, meeting)
+    meeting = place.address.removeprefix("ipc://").removesuffix(f"-rank{place.rank}") + "-ranks"
+    if place.rank:
+        yield Follower(socket, place.rank, settings.tensor_parallel, meeting)
         return
+    if len(place.others) != settings.tensor_parallel - 1:
+        raise ValueError(f"tensor_parallel: got {settings.tensor_parallel}, and {len(place.others)} other ranks run")
+    others = [_Other(rank, process) for rank, process in enumerate(place.others, 1)]
     sockets: list[zmq.Socket[bytes]] = []
-    processes: list[subprocess.Popen[bytes]] = []
     try:
-        for other in range(1, settings.tensor_parallel):
-            sockets.append(socket.context.socket(zmq.PAIR))
-            processes.append(_start(sockets[-1], f"{address}-rank{other}", other, settings.rank(other)))
+        sockets.extend(
+            _told(socket.context, f"{place.address}-rank{rank}", settings.rank(rank))
+            for rank in range(1, settings.tensor_parallel)
+        )
         yield Leader(sockets, meeting) if sockets else Ranks()
     finally:
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_SECONDS_TO_STOP)
-            process.kill()
+        for other in others:
+            other.end()
         for other_socket in sockets:
             other_socket.close()
 
 
-def _start(socket: zmq.Socket[bytes], address: str, number: int, settings: WorkerSettings) -> subprocess.Popen[bytes]:
+def _told(context: zmq.Context[zmq.Socket[bytes]], address: str, settings: WorkerSettings) -> zmq.Socket[bytes]:
+    """A socket to the rank that connects to ``address``, which will find its settings there."""
+    socket = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 0)
     socket.set_hwm(0)
     socket.bind(address)
-    process = subprocess.Popen([sys.executable, "-m", MODULE, address, str(os.getpid()), str(number)])
-    threading.Thread(target=_end_with, args=(process, number), daemon=True).start()
     socket.send(encode(settings))
-    return process
+    return socket
 
 
-def _end_with(process: subprocess.Popen[bytes], number: int) -> None:
-    """Ends this process, whatever it is doing, once a rank is gone: without it no step can end."""
-    status = process.wait()
-    if status == 0:
-        # It was told to stop, or agreed on why none can start: this process is about to say so and end as well.
-        time.sleep(_SECONDS_TO_STOP)
-    _log.error("rank %d ended with status %d; so does its worker", number, status)
-    os._exit(1)
+class _Other:
+    """Another rank. Once it is gone this process ends, whatever it is doing: without it no step can end."""
+
+    def __init__(self, rank: int, process: int) -> None:
+        self._rank, self._process = rank, process
+        self._stopping, self._gone = threading.Event(), threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def end(self) -> None:
+        """Waits a moment for it to end by itself."""
+        self._stopping.set()
+        if not self._gone.wait(_SECONDS_TO_STOP):
+            os.kill(self._process, signal.SIGKILL)
+            self._gone.wait()
+
+    def _watch(self) -> None:
+        status = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        self._gone.set()
+        if status == 0:
+            # It was told to stop, or agreed on why none can start: this process is about to say so and end as well.
+            self._stopping.wait(_SECONDS_TO_STOP)
+        if not self._stopping.is_set():
+            _log.error("rank %d ended with status %d; so does its worker", self._rank, status)
+            os._exit(1)

@@ -27,6 +27,7 @@ from d2o_server.errors import StartupError
 from d2o_server.worker.build import build_worker
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.dtype import dtype_name
+from d2o_server.worker.process import Place
 from d2o_server.worker.rank_processes import ranks_of
 from d2o_server.worker.ranks import Ranks
 
@@ -35,29 +36,29 @@ _SECONDS_FOR_CAUSE = 1.5
 _log = logging.getLogger(__name__)
 
 
-def serve(address: str, rank: int) -> None:
-    """Serves the front, or rank 0, that listens at ``address`` until it says to stop."""
-    if rank == 0:
-        keep_beating(pulse_file(address))
+def serve(place: Place) -> None:
+    """Serves the front, or rank 0, until it says to stop."""
+    if place.rank == 0:
+        keep_beating(pulse_file(place.address))
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 1000)
-    socket.connect(address)
+    socket.connect(place.address)
     try:
-        _serve(socket, address, rank)
+        _serve(socket, place)
     finally:
         socket.close()
         context.term()
 
 
-def _serve(socket: zmq.Socket[bytes], address: str, rank: int) -> None:
+def _serve(socket: zmq.Socket[bytes], place: Place) -> None:
     def say(message: FromWorker) -> None:
-        if rank == 0:
+        if place.rank == 0:
             socket.send(encode(message))
 
     settings = decode_settings(socket.recv())
-    with ranks_of(socket, settings, address, rank) as ranks:
-        core = _start(say, settings if rank else settings.rank(0), ranks)
+    with ranks_of(socket, settings, place) as ranks:
+        core = _start(say, settings if place.rank else settings.rank(0), ranks)
         if core is not None:
             with _failing_as_one(ranks):
                 _run(socket, say, core, ranks)

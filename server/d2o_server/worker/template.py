@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,12 +25,13 @@ _ORPHAN_POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """A worker to be: it runs ``module`` as ``python -m`` does, and the front is at ``address``."""
+    """A worker to be, of ``ranks`` processes: it runs ``module`` as ``python -m`` does; the front is at ``address``."""
 
     module: str
     address: str
     directory: str
     environment: dict[str, str]
+    ranks: int = 1
 
 
 class Template:
@@ -90,10 +90,7 @@ class Template:
         if not line or _is_closed(connection):
             connection.close()
             return None
-        with warnings.catch_warnings():
-            # Of a linear algebra library's threads, which it ends before a fork by itself.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            worker = os.fork()
+        worker = process.fork()
         # Both sides do it, so that it has been done whoever goes first: a worker is killed with what it has started.
         with suppress(OSError):
             os.setpgid(worker, worker)
@@ -171,7 +168,7 @@ def _become(order: Order, parent: int) -> None:
     os.chdir(order.directory)
     os.environ.clear()
     os.environ.update(order.environment)
-    sys.argv = [order.module, order.address, str(parent)]
+    sys.argv = [order.module, order.address, str(parent), str(order.ranks)]
     # Should a library have looked for a GPU while it was imported, this process could not use one.
     if torch.cuda._is_in_bad_fork():
         os.execv(sys.executable, [sys.executable, "-m", *sys.argv])  # noqa: S606

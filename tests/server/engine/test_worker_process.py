@@ -112,7 +112,7 @@ async def test_it_starts_with_what_it_was_given_and_everything_imported(first: S
         "pid": first.process.pid,
         "parent": template().pid,
         "group": first.process.pid,
-        "arguments": [str(first.path), str(template().pid)],
+        "arguments": [str(first.path), str(template().pid), "1"],
         "directory": str(Path.cwd()),
         "word": "first",
         "imported": True,

@@ -100,7 +100,8 @@ def worker(settings: WorkerSettings, folder: Path) -> Iterator[Client]:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 0)
     socket.bind(address)
-    command = [sys.executable, "-m", "d2o_server.worker.process", address, str(os.getpid())]
+    ranks = str(settings.tensor_parallel)
+    command = [sys.executable, "-m", "d2o_server.worker.process", address, str(os.getpid()), ranks]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         socket.send(encode(settings))
