@@ -83,6 +83,11 @@ def time_gpu(run: Callable[[], object], *, repeats: int = 20, warmup: int = 5) -
 
 def time_graph(runs: Sequence[Callable[[], object]], *, repeats: int = 20, warmup: int = 3) -> float:
     """Median milliseconds of one of ``runs``, captured one after another in a CUDA graph: no launch from the host."""
+    return time_gpu(captured(runs), repeats=repeats, warmup=warmup) / len(runs)
+
+
+def captured(runs: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """What replays ``runs``, one after another, as one CUDA graph."""
     for run in runs:
         run()
     torch.cuda.synchronize()
@@ -90,7 +95,8 @@ def time_graph(runs: Sequence[Callable[[], object]], *, repeats: int = 20, warmu
     with torch.cuda.graph(graph):
         for run in runs:
             run()
-    return time_gpu(graph.replay, repeats=repeats, warmup=warmup) / len(runs)
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def time_in_turn(runs: Mapping[str, Callable[[], object]], *, rounds: int = 3, seconds: float = 0.15) -> list[Times]:

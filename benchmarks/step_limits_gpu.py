@@ -151,6 +151,8 @@ class Step:
 
     def graphs(self) -> dict[str, Callable[[], None]]:
         """One step's attention, its products, and both in turn."""
+        from benchmarks import _gpu
+
         last = partial(torch.nn.functional.linear, self._inputs[_HIDDEN], self._head)
         attention = [partial(self._attend, layer) for layer in range(_LAYERS)]
         products = [partial(self._multiply, layer) for layer in range(_LAYERS)]
@@ -160,18 +162,7 @@ class Step:
             "products": [*products, last],
             "both": [*both, last],
         }
-        return {name: _captured(parts) for name, parts in runs.items()}
-
-
-def _captured(parts: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    for part in parts:
-        part()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for part in parts:
-            part()
-    return graph.replay
+        return {name: _gpu.captured(parts) for name, parts in runs.items()}
 
 
 def _measure() -> dict[str, Any]:
