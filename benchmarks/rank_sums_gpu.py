@@ -69,16 +69,10 @@ def _microseconds(add_up: Callable[[], object]) -> float:
 
     from benchmarks import _gpu
 
-    for _ in range(3):
-        add_up()
-    torch.cuda.synchronize()
     dist.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_SUMS):
-            add_up()
+    replay = _gpu.captured([add_up] * _SUMS)
     dist.barrier()
-    return 1000 * _gpu.mean_ms(graph.replay, _REPLAYS) / _SUMS
+    return 1000 * _gpu.mean_ms(replay, _REPLAYS) / _SUMS
 
 
 if __name__ == "__main__":
