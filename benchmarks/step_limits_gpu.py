@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHAPES = ((256, 1024, "cublas"), (64, 512, "cublaslt"))
+SHAPES = ((256, 1024, "cublas"), (400, 1040, "cublaslt"), (64, 512, "cublaslt"))
 """Sequences, slots, and the library whose products are the quicker at so many."""
 
 _LAYERS, _HIDDEN, _INNER, _VOCABULARY = 32, 4096, 14336, 128256

@@ -146,7 +146,7 @@ def worker_settings(**changes: object) -> WorkerSettings:
         "page_size": 32,
         "num_pages": None,
         "memory_fraction": 0.5,
-        "gpu_memory_utilization": 0.9,
+        "gpu_memory_utilization": 0.95,
         "max_model_len": None,
         "max_sequences": 256,
         "prefill_tokens": None,
@@ -357,7 +357,7 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
     )
     device.add_argument("--memory-fraction", type=float, default=0.5, help="CPU: share of free memory for page pools")
     device.add_argument(
-        "--gpu-memory-utilization", type=float, default=0.9, help="GPU: share of its memory for model and page pool"
+        "--gpu-memory-utilization", type=float, default=0.95, help="GPU: share of its memory for model and page pool"
     )
     switch = argparse.BooleanOptionalAction
     device.add_argument("--graphs", action=switch, default=True, help="GPU: capture decode steps in CUDA graphs")

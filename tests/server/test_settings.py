@@ -24,7 +24,7 @@ def test_the_defaults_serve_the_default_model_on_the_loopback_address() -> None:
         "auto",
         "auto",
     )
-    assert (settings.worker.prefill_tokens, settings.worker.gpu_memory_utilization) == (None, 0.9)
+    assert (settings.worker.prefill_tokens, settings.worker.gpu_memory_utilization) == (None, 0.95)
     assert (settings.worker.graphs, settings.worker.compile, settings.worker.compile_cache) == (True, True, None)
     assert (settings.listen.host, settings.listen.port) == ("127.0.0.1", 50051)
     compression = settings.compression

@@ -16,6 +16,8 @@ from d2o_server.engine.types import SamplingParams
 from d2o_server.settings import worker_settings
 from d2o_server.worker.build import build_worker
 from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.gpu.batch_sizes import BatchSize
+from d2o_server.worker.gpu.runner import KernelRunner
 from tests.server.worker.conftest import NONE, PAGE, Answer, Harness, random_prompts, served_model
 
 pytestmark = [
@@ -197,3 +199,64 @@ def test_no_kernel_is_compiled_in_mid_service(model: str, tmp_path: Path, monkey
                 late[str(lengths), turn] = [*made]
                 made.clear()
     assert not late
+
+
+def test_captured_steps_of_all_sizes_share_memory_and_leave_their_own_logits(tmp_path: Path) -> None:
+    """In an order in which each size follows a larger and a smaller one."""
+    rows, vocabulary = 64, 50_000
+    LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": vocabulary})).save_pretrained(str(tmp_path))
+    settings = worker_settings(
+        model=str(tmp_path), dtype="bfloat16", device="cuda", num_pages=2000, max_sequences=rows, graphs=False
+    )
+    runner = build_worker(settings, print).core.runner
+    assert isinstance(runner, KernelRunner)
+    graphs, sizes = runner._graphs, list(range(8, rows + 1, 8))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    runner.capture([BatchSize(size) for size in sizes], print)
+    assert torch.cuda.memory_allocated() - before < 2 * sum(sizes) * vocabulary * 2 / 3
+    padding, layers = graphs._ops.padding_row, graphs._ops.pool.layers
+    for turn, size in enumerate([*sizes, *reversed(sizes), *sizes[1::2], *sizes[::2]]):
+        scored = turn % 3 == 0
+        places = torch.full((size,), padding, dtype=torch.int32)
+        positions, lengths = torch.zeros_like(places), torch.ones(layers, size, dtype=torch.int32)
+        with torch.inference_mode():
+            runner._last_token[padding] = 3 + turn
+            result = graphs.run(places, positions, lengths, scored=scored)
+            assert result is not None
+            found, best_ids, best = result.logits.clone(), result.best_ids.clone(), result.best.clone()
+            runner._last_token[padding] = 3 + turn
+            expected = graphs._run(size, scored)
+        torch.testing.assert_close(found, expected.logits)
+        assert torch.equal(found.argmax(-1), best_ids)
+        assert torch.equal(found.amax(-1), best)
+
+
+def test_steps_stay_within_the_share_of_memory_that_the_settings_give(tmp_path: Path) -> None:
+    """The pool takes what is left of it, and as steps grow by a few tokens each, PyTorch asks for no more and more."""
+    MODELS["llama"]().save_pretrained(str(tmp_path))
+    share = 8 << 30
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    settings = worker_settings(
+        model=str(tmp_path),
+        dtype="bfloat16",
+        device="cuda",
+        gpu_memory_utilization=(total - free + share) / total,
+        max_sequences=128,
+        max_model_len=32768,
+    )
+    worker = build_worker(settings, print)
+    core = worker.core
+    assert core.pool_state().total * worker.page_bytes > share // 2
+    torch.cuda.reset_peak_memory_stats()
+    harness = GpuHarness(core)
+    for index in range(128):
+        (prompt,) = random_prompts((500 + index,), seed=index)
+        harness.submit(prompt, D2OConfig(budget_tokens=300), seed=index, new=60)
+    for index in range(2):
+        (prompt,) = random_prompts((30000 + index,), seed=index)
+        harness.submit(prompt, POLICIES["h2o"], name=f"long {index}", seed=index, new=60)
+    assert all(answer.failure is None for answer in harness.run().values())
+    assert torch.cuda.max_memory_reserved() - reserved < share

@@ -10,27 +10,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from d2o.config import D2OConfig
 from d2o.kernels.prefill import warm_plans
 from d2o_server.engine.memory import CacheShape
 from d2o_server.engine.scheduler import Scheduler
-from d2o_server.errors import SettingsError
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.gpu.batch_sizes import LIBRARIES, candidates, product_seconds, worth_capturing
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
+from d2o_server.worker.gpu.memory import Demand, affordable_pages, demand, hold_ready, trial_pages
 from d2o_server.worker.gpu.model import Forward, forward_of, join_projections
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.runner import KernelRunner
 from d2o_server.worker.gpu.trials import run_trials
 from d2o_server.worker.pool_plan import PoolPlan
-from d2o_server.worker.warm_up import Trial, warm_up
 
 PREFILL_TOKENS = 8192
-_GRAPH_BYTES = 3 << 30
-_PROMPTS_AT_ONCE = 2
-_TRIAL_RATIO = 0.25
-_TRIAL_OUTPUT = 4
 # What the host computes is small, and torch wakes all of its threads for some of it (repeat_interleave): where other
 # processes keep the cores busy, waiting for the last of them takes longer than a step.
 _THREADS = 1
@@ -55,8 +49,14 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
     shape, chunk = plan.shape, settings.prefill_tokens or PREFILL_TOKENS
     heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
     warm_plans(plan.device, plan.dtype, *heads, chunk, plan.max_model_len)
-    pages = settings.num_pages or _affordable_pages(plan, forward, operator)
+    pages, needed = settings.num_pages, None
+    if pages is None:
+        needed = _measure(plan, forward, operator, chunk)
+        pages = affordable_pages(plan, needed)
     core = assemble(plan, forward, operator, plan.checked(pages))
+    if needed is not None:
+        hold_ready(needed, plan.device)
+        progress(f"{core.pool_state().total} pages of {plan.page_bytes} bytes, beside {needed}")
     if settings.graphs and isinstance(core.runner, KernelRunner):
         sizes = candidates(settings.max_sequences)
         layers = plan.shape.layers
@@ -96,36 +96,11 @@ def _keep_compiled_code(folder: str | None) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
 
 
-def _affordable_pages(plan: PoolPlan, forward: Forward, operator: AttentionOperator) -> int:
-    """Pages for what a trial of the largest step leaves of the GPU's memory."""
-    settings, shape = plan.settings, plan.shape
-    tokens = max(1, min(settings.prefill_tokens or PREFILL_TOKENS, plan.max_model_len - _TRIAL_OUTPUT))
-    trial_pages = shape.layers * (-(-(tokens + _TRIAL_OUTPUT) // settings.page_size) + 1)
-    torch.cuda.reset_peak_memory_stats()
-    core = assemble(plan, forward, operator, trial_pages)
-    config = D2OConfig(ratio=_TRIAL_RATIO, min_budget=1)
-    warm_up(core, Trial(tokens, _TRIAL_OUTPUT, config))
-    needed = torch.cuda.max_memory_allocated() - trial_pages * plan.page_bytes
+def _measure(plan: PoolPlan, forward: Forward, operator: AttentionOperator, chunk: int) -> Demand:
+    """What a worker over a small pool needs beside it. Nothing of that worker is left."""
+    core = assemble(plan, forward, operator, trial_pages(plan, chunk))
+    needed = demand(core, plan, chunk)
     del core
     gc.collect()
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(plan.device).total_memory
-    others = total - torch.cuda.mem_get_info(plan.device)[0] - torch.cuda.memory_reserved()
-    room = int(total * settings.gpu_memory_utilization) - others - needed - _GRAPH_BYTES - _score_bytes(plan)
-    pages = room // plan.page_bytes
-    if pages < 1:
-        raise SettingsError(
-            f"gpu_memory_utilization: got {settings.gpu_memory_utilization}, which is"
-            f" {int(total * settings.gpu_memory_utilization) >> 20} MiB of the GPU, allowed is a share that holds the"
-            f" {(total * settings.gpu_memory_utilization - room) / 2**20:.0f} MiB of {settings.model} and its largest"
-            " step, and a page pool"
-        )
-    return pages
-
-
-def _score_bytes(plan: PoolPlan) -> int:
-    """Column sums and one layer's gathered context of the longest prompts that are read at once."""
-    shape = plan.shape
-    sums = 4 * shape.layers * (shape.query_heads + shape.kv_heads)
-    context = 2 * plan.dtype.itemsize * shape.head_dim * (shape.kv_heads + shape.query_heads)
-    return (_PROMPTS_AT_ONCE * sums + context) * plan.max_model_len
+    return needed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,22 @@ class _Captured:
     result: Logits
 
 
+class _Lent:
+    """A tensor's memory without a hold on it, in the form that ``torch.as_tensor`` takes over as it is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        place = (tensor.data_ptr(), False)
+        words = f"<i{tensor.element_size()}"
+        self.__cuda_array_interface__ = {"shape": tuple(tensor.shape), "typestr": words, "data": place, "version": 3}
+
+
+def _lent(tensor: Tensor) -> Tensor:
+    """The same memory, which others may get once ``tensor`` is gone: a captured graph writes to it all the same."""
+    if not tensor.is_cuda or not tensor.is_contiguous():
+        return tensor
+    return torch.as_tensor(_Lent(tensor), device=tensor.device).view(tensor.dtype)
+
+
 class DecodeGraphs:
     """Runs decode steps, replaying a graph where one was captured.
 
@@ -77,8 +93,16 @@ class DecodeGraphs:
         self._sizes: list[int] = []
         self._captured: dict[tuple[int, bool], _Captured] = {}
 
+    def rehearse(self, size: int) -> None:
+        """Runs a step of ``size`` sequences as it is captured."""
+        self._fill_with_padding(size)
+        self._run(size, scored=True)
+
     def capture(self, sizes: list[BatchSize], progress: Callable[[str], None]) -> None:
-        """Captures graphs for these batch sizes, with and without scores; the memory of the largest serves all."""
+        """Captures graphs for these batch sizes, with and without scores; the memory of the largest serves all.
+
+        Their logits, too, stand where the others' steps work: they hold until the next replay of any graph.
+        """
         pool = None
         for size in sorted(sizes, key=lambda size: size.rows, reverse=True):
             progress(f"capturing decode steps of {size.rows} sequences")
@@ -97,7 +121,7 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             result = self._run(size, scored)
-        return _Captured(graph, result)
+        return _Captured(graph, replace(result, logits=_lent(result.logits)))
 
     def _fill_with_padding(self, size: int) -> None:
         nobody = torch.empty(0, dtype=torch.int32)

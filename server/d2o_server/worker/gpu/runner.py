@@ -96,6 +96,11 @@ class KernelRunner(Runner):
         """Captures decode steps of these batch sizes in CUDA graphs."""
         self._graphs.capture(sizes, progress)
 
+    @torch.inference_mode()
+    def rehearse(self, most: int) -> None:
+        """Runs the decode step of the largest batch as it is captured, over padding."""
+        self._graphs.rehearse(max(2, most))
+
     @property
     def depth(self) -> int:
         """One step ahead, unless a sequence's next token depends on those before in a way that only the host knows."""
