@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ Times = dict[str, float]
 """Milliseconds by name."""
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_WARM_SECONDS, _SECONDS = 1.5, 2.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +128,28 @@ def mean_ms(run: Callable[[], object], count: int) -> float:
     return float(begin.elapsed_time(end) / count)
 
 
+def sustained_ms(run: Callable[[], object], seconds: float) -> float:
+    """Mean milliseconds of one of as many runs as take ``seconds``; the host is never more than a few runs ahead."""
+    began, marks = time.perf_counter(), []
+    while time.perf_counter() - began < seconds:
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        run()
+        marks.append(mark)
+        if len(marks) > 4:
+            marks[-4].synchronize()
+    torch.cuda.synchronize()
+    return fmean(begin.elapsed_time(end) for begin, end in pairwise(marks))
+
+
+def sustained_matrix_rate(size: int = 8192) -> float:
+    """TFLOP/s of a bfloat16 product of ``size`` cubed that has gone on for seconds, as power allows."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = partial(torch.matmul, a, b)
+    sustained_ms(product, _WARM_SECONDS)
+    return 2 * size**3 / sustained_ms(product, _SECONDS) / 1e9
+
+
 def write_result(folder: Path, name: str, result: dict[str, Any]) -> Path:
     """Writes ``folder/name.json``: the machine's and the GPU's facts, then the result."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,3 +194,12 @@ def _read_kernel(
         index = start + tl.arange(0, BLOCK)
         total += tl.load(source + index, mask=index < words, other=0.0)
     tl.store(sums + program, tl.sum(total, 0))
+
+
+def main() -> None:
+    """Prints this GPU's rates as a line of JSON, for scripts whose server takes all of its memory."""
+    print(json.dumps(asdict(Ceilings.measure()) | {"matrix_sustained_bf16_tflop_s": sustained_matrix_rate()}))
+
+
+if __name__ == "__main__":
+    main()

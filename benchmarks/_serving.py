@@ -8,12 +8,13 @@ import shlex
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import mean
 from typing import Any
 
 import numpy
 
+from benchmarks._floor import Rates
 from benchmarks._load import Load, Outcome, run_load, total_tokens
 from benchmarks._prompts import special_ids
 from benchmarks._server import RunningServer, open_client, server_process
@@ -97,20 +98,28 @@ class Figures:
 
 
 class Session:
-    """A server that runs, a client of it, and the settings that all loads share."""
+    """A server that runs, a client of it, and the settings that all loads share. ``rates``: None without a GPU."""
 
-    def __init__(self, parsed: argparse.Namespace, server: RunningServer, client: AsyncClient, info: ModelInfo) -> None:
-        self.info = info
+    def __init__(
+        self,
+        parsed: argparse.Namespace,
+        server: RunningServer,
+        client: AsyncClient,
+        info: ModelInfo,
+        rates: Rates | None,
+    ) -> None:
+        self.info, self.rates = info, rates
         self._parsed, self._server, self._client = parsed, server, client
         self._excluded = special_ids(parsed.model)
 
     @classmethod
     @asynccontextmanager
     async def open(cls, parsed: argparse.Namespace, *flags: str) -> AsyncIterator[Session]:
-        """Starts a server with ``flags`` and those that ``parsed`` has for every server."""
+        """Measures the GPU, and starts a server with ``flags`` and those that ``parsed`` has for every server."""
+        rates = Rates.measure_apart()
         with server_process(*model_flags(parsed), *flags, *shlex.split(parsed.server_flags)) as server:
             async with open_client(server.target) as client:
-                yield cls(parsed, server, client, await client.model_info())
+                yield cls(parsed, server, client, await client.model_info(), rates)
 
     def load(self, *, requests: int, prompt_tokens: int, new_tokens: int, compression: dict[str, Any]) -> Load:
         """Requests to this server."""
@@ -155,17 +164,18 @@ class Session:
             samples.append(await self._client.load())
             await asyncio.sleep(_SAMPLE_SECONDS)
 
-    def settings(self) -> dict[str, Any]:
-        """What a result says about the server and its clients."""
+    def facts(self, **more: Any) -> dict[str, Any]:
+        """What a result says about GPU, server and clients, and ``more`` settings."""
         chosen = ("model", "threads", "server_flags", "client_processes", "seed")
         info = self.info
-        return {name: getattr(self._parsed, name) for name in chosen} | {
+        settings = {name: getattr(self._parsed, name) for name in chosen} | {
             "dtype": info.dtype,
             "page_size": info.page_size,
             "pool_pages": info.total_pages,
             "pool_full_cache_tokens": info.total_pages // info.layers * info.page_size,
             "pool_bytes": info.total_pages * info.page_bytes,
         }
+        return {"ceilings": self.rates and asdict(self.rates), "settings": settings | more}
 
 
 def model_flags(parsed: argparse.Namespace) -> list[str]:

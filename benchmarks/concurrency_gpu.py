@@ -52,9 +52,7 @@ async def run(parsed: argparse.Namespace) -> tuple[Path, dict[str, list[Figures]
 
 
 def _report(parsed: argparse.Namespace, session: Session, runs: dict[str, list[Figures]]) -> dict[str, Any]:
-    sizes = {"prompt_tokens": parsed.prompt_tokens, "new_tokens": parsed.new_tokens}
-    return {
-        "settings": session.settings() | sizes,
+    return session.facts(prompt_tokens=parsed.prompt_tokens, new_tokens=parsed.new_tokens) | {
         "policies": [
             {"policy": policy, "runs": [asdict(figures) for figures in measured]} for policy, measured in runs.items()
         ],

@@ -187,8 +187,7 @@ class Benchmark:
         return Run(policy=policy, counted_tokens_per_second=workload.rate(figures), figures=figures)
 
     def _report(self, session: Session) -> dict[str, Any]:
-        return {
-            "settings": session.settings() | {"shrink": self._parsed.shrink, "prefill_tokens": _PREFILL_TOKENS},
+        return session.facts(shrink=self._parsed.shrink, prefill_tokens=_PREFILL_TOKENS) | {
             "workloads": [
                 {"name": name}
                 | asdict(self._workloads[name])

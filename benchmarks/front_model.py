@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import _cli
+from benchmarks._floor import Rates
 from benchmarks._load import Load
 from benchmarks._prompts import special_ids
 from benchmarks._serving import FULL_CACHE, model_flags, room_for
@@ -75,9 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if _cli.lacks_gpu(options):
         return
+    rates = Rates.measure_apart()
     paces = asyncio.run(run(options))
     chosen = ("model", "dtype", "threads", "server_flags", "client_processes", "streams", "prompt_tokens", "new_tokens")
     result: dict[str, Any] = {
+        "ceilings": rates and asdict(rates),
         "settings": {name: getattr(options, name) for name in chosen},
         "grpc_over_engine": grpc_over_engine(paces),
         "paces": [asdict(pace) for pace in paces],

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -98,25 +97,13 @@ def rested_ms(run: Callable[[], object]) -> float:
 
 def sustained(run: Callable[[], object]) -> tuple[float, Readings]:
     """Mean milliseconds of one run among many, once as many have run as take seconds, and the readings."""
+    from benchmarks import _gpu
+
     meter = Meter()
-    _repeat(run, _WARM_SECONDS)
+    _gpu.sustained_ms(run, _WARM_SECONDS)
     with meter.running():
-        mean = _repeat(run, _SECONDS)
+        mean = _gpu.sustained_ms(run, _SECONDS)
     return mean, meter.mean()
-
-
-def _repeat(run: Callable[[], object], seconds: float) -> float:
-    """Mean milliseconds of a run; the host is never more than a few runs ahead."""
-    began, marks = time.perf_counter(), []
-    while time.perf_counter() - began < seconds:
-        mark = torch.cuda.Event(enable_timing=True)
-        mark.record()
-        run()
-        marks.append(mark)
-        if len(marks) > 4:
-            marks[-4].synchronize()
-    torch.cuda.synchronize()
-    return fmean(begin.elapsed_time(end) for begin, end in pairwise(marks))
 
 
 class Step:

@@ -16,7 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import _cli
+from benchmarks._floor import Floor, Work, floor_of
+from benchmarks._load import Load
 from benchmarks._serving import BY_RATIO, BY_TOKENS, FULL_CACHE, Figures, Session, room_for
 
 _POLICIES = ("none", "d2o")
@@ -58,14 +62,24 @@ WORKLOADS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One workload under one policy. ``over_vllm`` compares output rates, and says something at scale 1 only."""
+    """One workload under one policy. ``over_vllm`` compares output rates, and says something at scale 1 only.
+
+    ``floor``: the least that it can take on this GPU if all of its requests decode together; None without a GPU.
+    """
 
     policy: str
     over_vllm: float
+    floor: Floor | None
     figures: Figures
 
+    @property
+    def of_floor(self) -> float | None:
+        """The share of the run's time that the floor is."""
+        return self.floor.total / self.figures.seconds if self.floor else None
+
     def as_json(self) -> dict[str, Any]:
-        return {"policy": self.policy, "over_vllm": self.over_vllm} | asdict(self.figures)
+        floor = {"floor_seconds": self.floor and self.floor.as_json(), "of_floor": self.of_floor}
+        return {"policy": self.policy, "over_vllm": self.over_vllm} | floor | asdict(self.figures)
 
 
 class Benchmark:
@@ -102,11 +116,23 @@ class Benchmark:
         if self._parsed.warm_up:
             await session.warm_up(load, self._parsed.warm_up)
         figures = await session.measure(load)
-        return Run(policy=policy, over_vllm=figures.output_tokens_per_second / workload.vllm, figures=figures)
+        over_vllm = figures.output_tokens_per_second / workload.vllm
+        return Run(policy=policy, over_vllm=over_vllm, floor=self._floor(session, load), figures=figures)
+
+    def _floor(self, session: Session, load: Load) -> Floor | None:
+        if session.rates is None:
+            return None
+        return floor_of(
+            Work.of(self._parsed.model, getattr(torch, session.info.dtype)),
+            session.rates,
+            requests=load.requests,
+            prompt_tokens=load.prompt_tokens,
+            new_tokens=load.new_tokens,
+            compression=load.compression,
+        )
 
     def _report(self, session: Session) -> dict[str, Any]:
-        return {
-            "settings": session.settings() | {name: getattr(self._parsed, name) for name in ("warm_up", "scale")},
+        return session.facts(warm_up=self._parsed.warm_up, scale=self._parsed.scale) | {
             "workloads": [
                 {"name": name} | asdict(WORKLOADS[name]) | {"runs": [run.as_json() for run in runs]}
                 for name, runs in self.runs.items()
@@ -122,7 +148,7 @@ def _say(name: str, run: Run) -> None:
 
 
 _HEAD = (
-    *("load", "policy", "requests", "seconds", "out tok/s", "vLLM", "ratio", "req/s", "all tok/s"),
+    *("load", "policy", "requests", "seconds", "out tok/s", "vLLM", "ratio", "of floor", "req/s", "all tok/s"),
     *("TTFT p50", "p95", "p99", "ITL p50", "p95", "p99", "at once", "pages", "front"),
 )
 
@@ -131,7 +157,8 @@ def _row(name: str, run: Run) -> tuple[object, ...]:
     figures = run.figures
     return (
         *(name, run.policy, figures.requests, figures.seconds, figures.output_tokens_per_second),
-        *(WORKLOADS[name].vllm, run.over_vllm, figures.requests_per_second, figures.total_tokens_per_second),
+        *(WORKLOADS[name].vllm, run.over_vllm, run.of_floor),
+        *(figures.requests_per_second, figures.total_tokens_per_second),
         *figures.ttft_seconds.values(),
         *(f"{gap:.4f}" for gap in figures.itl_seconds.values()),
         *(figures.at_once, figures.peak_pages_in_use, figures.front_busy),

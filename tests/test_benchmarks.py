@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from array import array
 from pathlib import Path
@@ -196,12 +197,14 @@ def test_throughput_compares_every_workload_and_policy_with_vllm(tmp_path: Path)
     server = "--device cpu --prefill-tokens 512 --page-size 16"
     throughput.main([*TINY, *size, "--server-flags", server, "--out", str(tmp_path)])
     result = json.loads((tmp_path / "throughput.json").read_text())
-    assert result["settings"]["page_size"] == 16
+    assert (result["settings"]["page_size"], result["settings"]["scale"]) == (16, 0.01)
     (workload,) = result["workloads"]
     assert (workload["name"], workload["vllm"]) == ("512+256", 10069)
     none, d2o = workload["runs"]
     assert (none["policy"], d2o["policy"]) == ("none", "d2o")
+    assert (result["ceilings"] is None) == (shutil.which("nvidia-smi") is None)
     for run in (none, d2o):
+        assert (run["floor_seconds"] is None, run["of_floor"] is None) == (result["ceilings"] is None,) * 2
         assert run["requests"] == run["at_once"] == 6
         assert run["output_tokens_per_second"] == pytest.approx(6 * 256 / run["seconds"])
         assert run["over_vllm"] == pytest.approx(run["output_tokens_per_second"] / 10069)
@@ -305,7 +308,7 @@ def test_a_cell_that_there_is_not_is_refused() -> None:
 
 
 def test_streams_are_measured_and_drawn_under_both_policies(tmp_path: Path) -> None:
-    size = ("--streams", "1", "4", "--prompt-tokens", "100", "--new-tokens", "40")
+    size = ("--streams", "1", "4", "--prompt-tokens", "100", "--new-tokens", "240")
     concurrency_gpu.main([*TINY, *ON_CPU, *size, "--out", str(tmp_path)])
     result = json.loads((tmp_path / "concurrency_gpu.json").read_text())
     assert [line["policy"] for line in result["policies"]] == ["none", "d2o"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -260,3 +261,39 @@ def test_steps_stay_within_the_share_of_memory_that_the_settings_give(tmp_path: 
         harness.submit(prompt, POLICIES["h2o"], name=f"long {index}", seed=index, new=60)
     assert all(answer.failure is None for answer in harness.run().values())
     assert torch.cuda.max_memory_reserved() - reserved < share
+
+
+def test_the_host_waits_for_the_device_only_where_it_has_to_decide(tmp_path: Path) -> None:
+    """For densities that budgets are fixed by, and for what became of evicted slots; never to launch a step."""
+    served_model("tiny-llama").save_pretrained(str(tmp_path))
+    settings = worker_settings(
+        model=str(tmp_path),
+        dtype="float32",
+        device="cuda",
+        page_size=PAGE,
+        num_pages=4000,
+        max_sequences=16,
+        prefill_tokens=128,
+        max_model_len=1024,
+    )
+    core = build_worker(settings, print).core
+    prompts = random_prompts((1, 30, 77, 150, 260, 40, 90), seed=9)
+
+    def run() -> None:
+        harness = GpuHarness(core)
+        for index, (prompt, config) in enumerate(zip(prompts, POLICIES.values(), strict=False)):
+            harness.submit(prompt, config, seed=index, new=NEW, sampling=SAMPLINGS[index % len(SAMPLINGS)])
+            harness.step()
+        assert all(answer.failure is None for answer in harness.run().values())
+
+    run()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [each for each in caught if "synchroniz" in str(each.message)]
+    assert waits
+    assert {Path(each.filename).name for each in waits} <= {"caches.py", "cache_ops.py"}
