@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -37,18 +38,20 @@ class Rates:
     matrix_sustained_bf16_tflop_s: float
 
     @classmethod
-    def measure_apart(cls) -> Rates | None:
-        """Measures in a process of its own, which leaves the GPU as it was; None where there is no GPU.
+    def measure_apart(cls, server_flags: str = "") -> Rates | None:
+        """Measures in a process of its own, which leaves the GPU as it was; None for a server without a GPU.
 
         Raises:
             RuntimeError: the measurement failed.
         """
-        if shutil.which("nvidia-smi") is None:
+        on_cpu = re.search(r"--device[= ]cpu\b", server_flags)
+        if on_cpu or shutil.which("nvidia-smi") is None:
             return None
         command = [sys.executable, "-m", "benchmarks._gpu"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"the GPU's rates cannot be measured: {done.stderr.strip()[-2000:]}")
+            reason = done.stderr.strip().rpartition("\n")[2]
+            raise RuntimeError(f"the GPU's rates cannot be measured: {reason or done.returncode}")
         return cls(**json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -116,7 +116,7 @@ class Session:
     @asynccontextmanager
     async def open(cls, parsed: argparse.Namespace, *flags: str) -> AsyncIterator[Session]:
         """Measures the GPU, and starts a server with ``flags`` and those that ``parsed`` has for every server."""
-        rates = Rates.measure_apart()
+        rates = Rates.measure_apart(parsed.server_flags)
         with server_process(*model_flags(parsed), *flags, *shlex.split(parsed.server_flags)) as server:
             async with open_client(server.target) as client:
                 yield cls(parsed, server, client, await client.model_info(), rates)

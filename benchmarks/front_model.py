@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if _cli.lacks_gpu(options):
         return
-    rates = Rates.measure_apart()
+    rates = Rates.measure_apart(options.server_flags)
     paces = asyncio.run(run(options))
     chosen = ("model", "dtype", "threads", "server_flags", "client_processes", "streams", "prompt_tokens", "new_tokens")
     result: dict[str, Any] = {

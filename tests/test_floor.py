@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
 from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -47,10 +51,24 @@ def test_a_floor_counts_every_byte_and_operation_once(model: str) -> None:
     assert work.head_parameters == shape.vocabulary_size * load_config(resolve(f"random:{model}")).hidden_size
 
 
-def test_a_gpu_that_cannot_be_measured_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: "/bin/true")
-    if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match=r"the GPU's rates cannot be measured: .*"):
-            Rates.measure_apart()
+def test_rates_are_measured_for_servers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"copy_tb_s": 4.2, "read_tb_s": 4.5, "matrix_bf16_tflop_s": 798.0, "matrix_sustained_bf16_tflop_s": 677.0}
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        assert command[1:] == ["-m", "benchmarks._gpu"]
+        return SimpleNamespace(returncode=0, stdout=f"a line that a library prints\n{json.dumps(given)}\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert Rates.measure_apart() is None
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/nvidia-smi")
+    assert Rates.measure_apart("--device cpu --page-size 16") is None
+    assert Rates.measure_apart("--device=cpu") is None
+    assert Rates.measure_apart("--device cuda:1") == Rates(**given)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can be measured here")
+def test_a_gpu_that_cannot_be_measured_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/nvidia-smi")
+    with pytest.raises(RuntimeError, match=r"the GPU's rates cannot be measured: .*(CUDA|NVIDIA)"):
+        Rates.measure_apart()
