@@ -73,7 +73,6 @@ def _measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         max_sequences=options.max_sequences,
         max_model_len=options.max_model_len,
         num_pages=options.num_pages,
-        gpu_memory_utilization=0.95,
         graphs=options.graphs,
         compile=options.compile,
         tensor_parallel=ranks.count,

@@ -29,7 +29,7 @@ from benchmarks import _cli
 from benchmarks._pool import cache_shape, most_at_once, pool_pages
 from benchmarks._serving import BY_RATIO, BY_TOKENS, FULL_CACHE, Figures, Session, room_for
 
-# A quarter of 862,240, the full-cache tokens that the server gives its pool beside this model at its default share.
+# Near a quarter of the full-cache tokens that the server gives its pool beside this model at its default share.
 _POOL_TOKENS = 215_552
 _PREFILL_TOKENS = 8192
 _PROMPTS_IN, _WHOLE_RUN = "prompts in", "whole run"

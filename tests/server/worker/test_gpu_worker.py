@@ -58,11 +58,8 @@ class GpuHarness(Harness):
         return (state.used, state.reserved, state.running, state.waiting) == (0, 0, 0, 0)
 
 
-@pytest.fixture(scope="module", params=["tiny-llama", "tiny-gemma3"])
-def cores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, WorkerCore]:
-    """A model and a worker over the same weights: random ones are others on a GPU."""
-    name: str = request.param
-    folder: Path = tmp_path_factory.mktemp(name)
+def tiny_core(name: str, folder: Path, **changes: Any) -> WorkerCore:
+    """A worker over the weights that the CPU's have, which it reads from a folder."""
     served_model(name).save_pretrained(str(folder))
     settings = worker_settings(
         model=str(folder),
@@ -73,9 +70,17 @@ def cores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         max_sequences=16,
         prefill_tokens=128,
         max_model_len=1024,
-        check_integrity=True,
+        **changes,
     )
-    return name, build_worker(settings, print).core
+    return build_worker(settings, print).core
+
+
+@pytest.fixture(scope="module", params=["tiny-llama", "tiny-gemma3"])
+def cores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, WorkerCore]:
+    """A model and a worker over the same weights: random ones are others on a GPU."""
+    name: str = request.param
+    folder: Path = tmp_path_factory.mktemp(name)
+    return name, tiny_core(name, folder, check_integrity=True)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -265,18 +270,7 @@ def test_steps_stay_within_the_share_of_memory_that_the_settings_give(tmp_path: 
 
 def test_the_host_waits_for_the_device_only_where_it_has_to_decide(tmp_path: Path) -> None:
     """For densities that budgets are fixed by, and for what became of evicted slots; never to launch a step."""
-    served_model("tiny-llama").save_pretrained(str(tmp_path))
-    settings = worker_settings(
-        model=str(tmp_path),
-        dtype="float32",
-        device="cuda",
-        page_size=PAGE,
-        num_pages=4000,
-        max_sequences=16,
-        prefill_tokens=128,
-        max_model_len=1024,
-    )
-    core = build_worker(settings, print).core
+    core = tiny_core("tiny-llama", tmp_path)
     prompts = random_prompts((1, 30, 77, 150, 260, 40, 90), seed=9)
 
     def run() -> None:

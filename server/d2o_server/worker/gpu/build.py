@@ -56,7 +56,8 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
     core = assemble(plan, forward, operator, plan.checked(pages))
     if needed is not None:
         hold_ready(needed, plan.device)
-        progress(f"{core.pool_state().total} pages of {plan.page_bytes} bytes, beside {needed}")
+        total = core.pool_state().total
+        progress(f"{total} pages take {total * plan.page_bytes / 2**30:.1f} GiB, beside {needed}")
     if settings.graphs and isinstance(core.runner, KernelRunner):
         sizes = candidates(settings.max_sequences)
         layers = plan.shape.layers
