@@ -1,8 +1,8 @@
 """How many output tokens a second come out of one pool of pages, with D2O and with the full cache, over gRPC?
 
-One server with a pool of ``--pool-tokens`` tokens of full cache, by default a quarter of what an H200 affords beside
-the model. For every workload and policy as many requests as decode together from that pool, all submitted at once. What
-is counted differs by workload, and each run has both figures:
+One server with a pool of ``--pool-tokens`` tokens of full cache, by default near a quarter of what an H200 affords
+beside the model. For every workload and policy as many requests as decode together from that pool, all submitted at
+once. What is counted differs by workload, and each run has both figures:
 
 - ``prompts in`` (32768 + 512): output tokens and time from the moment at which the last request gave its first token
   to the moment at which the first request gave its last: every request decodes in it, and no prompt is read.

@@ -41,22 +41,27 @@ def expected_slots(tokens: Sequence[int], most: int) -> list[int]:
     return sorted(expected)
 
 
-def expect(window: Tensor, tokens: Sequence[int], budget: int, group: int, config: D2OConfig) -> None:
-    """Adds to a prompt's window scores, in place, the attention that the expected slots have not received yet.
+def slots_to_expect(tokens: Sequence[int], budget: int, config: D2OConfig) -> list[int]:
+    """:func:`expected_slots`, as many as ``config.recurrence_share`` of a layer's average ``budget`` of slots."""
+    return expected_slots(tokens, int(config.recurrence_share * budget))
+
+
+def expect(window: Tensor, slots: Sequence[int], group: int, config: D2OConfig) -> None:
+    """Adds to a prompt's window scores, in place, the attention that expected slots have not received yet.
 
     Args:
         window: ``[rows, kv_heads, tokens]`` float32, attention summed over the last ``config.window_queries`` prompt
             queries and the group.
-        tokens: the prompt.
-        budget: a layer's average budget in slots, of which ``config.recurrence_share`` may be spent on them.
+        slots: :func:`slots_to_expect` of the prompt.
         group: query heads of a KV head.
     """
-    slots = expected_slots(tokens, int(config.recurrence_share * budget))
-    if slots:
-        queries = min(config.window_queries, len(tokens))
-        # Pinned, so that the host does not wait for what the device does.
-        there = torch.tensor(slots, pin_memory=window.is_cuda).to(window.device, non_blocking=True)
-        window[..., there] += _WEIGHT * queries * group / len(tokens)
+    if not slots:
+        return
+    tokens = window.shape[-1]
+    queries = min(config.window_queries, tokens)
+    # Pinned, so that the host does not wait for what the device does.
+    there = torch.tensor(slots, pin_memory=window.is_cuda).to(window.device, non_blocking=True)
+    window[..., there] += _WEIGHT * queries * group / tokens
 
 
 def _places(ids: Tensor) -> list[int]:

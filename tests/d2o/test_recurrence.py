@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2o.config import D2OConfig
-from d2o.recurrence import expect, expected_slots
+from d2o.recurrence import expect, expected_slots, slots_to_expect
 from tests.d2o import oracle
 
 
@@ -71,7 +71,7 @@ def test_it_agrees_with_a_plain_reading(pieces: list[tuple[int, int]], most: int
 def test_expected_slots_get_four_times_the_mean_attention() -> None:
     tokens = passage(0, 8) + passage(100, 84) + passage(0, 8)
     window = torch.zeros(3, 2, 100)
-    expect(window, tokens, budget=40, group=3, config=D2OConfig())
+    expect(window, slots_to_expect(tokens, 40, D2OConfig()), group=3, config=D2OConfig())
     assert window[..., 8:18].eq(4 * 32 * 3 / 100).all()
     window[..., 8:18] = 0
     assert not window.any()
@@ -80,5 +80,6 @@ def test_expected_slots_get_four_times_the_mean_attention() -> None:
 def test_no_share_expects_nothing() -> None:
     window = torch.zeros(1, 1, 100)
     tokens = passage(0, 8) + passage(100, 84) + passage(0, 8)
-    expect(window, tokens, budget=40, group=1, config=D2OConfig(recurrence_share=0))
+    config = D2OConfig(recurrence_share=0)
+    expect(window, slots_to_expect(tokens, 40, config), group=1, config=config)
     assert not window.any()

@@ -16,7 +16,9 @@ from d2o_server.worker.prompt_scores import PromptScores
 class SequenceCache:
     """One sequence's place in the pool.
 
-    ``spans`` are (time spent on compression, share of it) pairs, of which the first ``prompt_spans`` were its prompt's.
+    ``densities`` [full layers], on the host, and ``expected``, slots of the prompt, are there once it has been read and
+    until it is compressed. ``spans`` are (time spent on compression, share of it) pairs, of which the first
+    ``prompt_spans`` were its prompt's.
     """
 
     row: int
@@ -25,6 +27,8 @@ class SequenceCache:
     prompt: Sequence[int]
     total_tokens: int
     scores: PromptScores | None = None
+    densities: Tensor | None = None
+    expected: list[int] = field(default_factory=list)
     budgets: list[int] = field(default_factory=list)
     compressed: bool = False
     peak_pages: int = 0

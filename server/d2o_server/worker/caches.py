@@ -11,7 +11,7 @@ from torch import Tensor
 from d2o import budget
 from d2o.attention import ScoreTarget
 from d2o.config import D2OConfig, LayerBudgets, Policy
-from d2o.recurrence import expect
+from d2o.recurrence import expect, slots_to_expect
 from d2o_server.engine.memory import CacheShape, Reservation
 from d2o_server.engine.messages import CacheState
 from d2o_server.engine.types import CacheFacts, LayerCache
@@ -131,18 +131,29 @@ class CacheManager:
         if cache.scores is not None:
             cache.scores.clear()
 
-    def fix_prompts(self, caches: list[SequenceCache]) -> None:
-        """Fixes the budgets of prompts whose last chunk has run, before :meth:`finish_prompt`: one wait for all."""
+    def await_prompts(self, caches: list[SequenceCache]) -> None:
+        """Learns what the budgets of prompts depend on whose last chunk has run: one wait for all.
+
+        Before :meth:`finish_prompt`; what the host can look for meanwhile it looks for before it waits.
+        """
         due = [cache for cache in caches if self._compresses(cache)]
-        if due:
-            with self._timed(due):
-                self._fix_budgets(due, [self._received(cache) for cache in due])
+        if not due:
+            return
+        with self._timed(due):
+            for cache in due:
+                if cache.scores is not None and cache.scores.window is not None:
+                    cache.expected = slots_to_expect(cache.prompt, cache.budget, cache.config)
+            densities = self._heard(due, [self._received(cache) for cache in due])
+            for cache, of in zip(due, densities, strict=True):
+                cache.densities = of
 
     def finish_prompt(self, cache: SequenceCache) -> int:
         """Compresses a prompt whose last chunk has run; returns the pages that the sequence can still need."""
-        if not cache.compressed:
-            self.fix_prompts([cache])
+        if self._compresses(cache) and cache.densities is None:
+            self.await_prompts([cache])
         with self._timed([cache]):
+            if cache.densities is not None:
+                self._fix_budgets(cache, cache.densities)
             received = self._received(cache)
             if received is not None and (cache.compressed or cache.config.evicts_in_decode):
                 self.ops.store_scores(self._full, cache.row, self._group(received))
@@ -150,10 +161,9 @@ class CacheManager:
                 scores, layers = cache.scores, self._full
                 window = None if scores is None or scores.window is None else self._of_full_layers(scores.window)
                 if window is not None:
-                    group = self.query_heads // self.pool.kv_heads
-                    expect(window, cache.prompt, cache.budget, group, cache.config)
+                    expect(window, cache.expected, self.query_heads // self.pool.kv_heads, cache.config)
                 self._evict(layers, torch.full_like(layers, cache.row), cache.config, window)
-            cache.scores = None
+            cache.scores, cache.densities, cache.expected = None, None, []
             self._trim_windows(cache)
         cache.prompt_spans = len(cache.spans) if cache.compressed else 0
         return self.pages_needed(cache)
@@ -199,24 +209,23 @@ class CacheManager:
             return values
         return values[self._full if values.device == self._full.device else self._full_on_device]
 
-    def _fix_budgets(self, caches: list[SequenceCache], received: Sequence[Tensor | None]) -> None:
-        """Fixes what each layer of the caches goes back to, from the attention [full layers, heads, tokens] received.
+    def _heard(self, caches: list[SequenceCache], received: Sequence[Tensor | None]) -> Tensor:
+        """The densities [caches, full layers] of the attention [full layers, heads, tokens] received, on the host.
 
-        Budgets depend on densities, so this is where the host waits for the device: once for all of them.
+        Budgets depend on them, so this is where the host waits for the device: once for all of them.
         """
-        layers, none = self._full, torch.zeros(self._full.numel(), device=self.pool.device)
-        pairs = list(zip(caches, received, strict=True))
-        densities = torch.stack(
-            [none if of is None else self._densities(of, cache.config) for cache, of in pairs]
-        ).cpu()
-        for cache, density in zip(caches, densities, strict=True):
-            cache.budgets = self._allocate(cache, density)
-            cache.compressed = True
-            self.keep[layers, cache.row] = torch.tensor([cache.budgets[i] for i in layers.tolist()])
-            if cache.config.evicts_in_decode:
-                self.limit[layers, cache.row] = self.keep[layers, cache.row] + self.shape.slack(
-                    cache.config, cache.budget
-                )
+        none = torch.zeros(self._full.numel(), device=self.pool.device)
+        pairs = zip(caches, received, strict=True)
+        return torch.stack([none if of is None else self._densities(of, cache.config) for cache, of in pairs]).cpu()
+
+    def _fix_budgets(self, cache: SequenceCache, densities: Tensor) -> None:
+        """Fixes what each layer of a cache goes back to from now on."""
+        layers = self._full
+        cache.budgets = self._allocate(cache, densities)
+        cache.compressed = True
+        self.keep[layers, cache.row] = torch.tensor([cache.budgets[i] for i in layers.tolist()])
+        if cache.config.evicts_in_decode:
+            self.limit[layers, cache.row] = self.keep[layers, cache.row] + self.shape.slack(cache.config, cache.budget)
 
     def _densities(self, received: Tensor, config: D2OConfig) -> Tensor:
         """The density [full layers] of all ranks' heads."""
@@ -290,9 +299,9 @@ class CacheManager:
             return
         with self._timed(caches):
             used = self.pool.used[self._full[0]].tolist()
-            self._fix_budgets(
-                caches, [self.ops.read_scores(self._full, cache.row, used[cache.row]) for cache in caches]
-            )
+            received = [self.ops.read_scores(self._full, cache.row, used[cache.row]) for cache in caches]
+            for cache, densities in zip(caches, self._heard(caches, received), strict=True):
+                self._fix_budgets(cache, densities)
 
     def _evict(self, layers: Tensor, rows: Tensor, config: D2OConfig, window: Tensor | None) -> None:
         """Brings each (layer, row) pair that holds more back to its ``keep``; ``window``: [pairs, kv_heads, prompt]."""

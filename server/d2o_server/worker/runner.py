@@ -182,7 +182,7 @@ class Runner(ABC):
         failed = {sequence.id for sequence, _ in launched.failed}
         finished = [part.sequence for part in plan.prefill if part.last and part.sequence.id not in failed]
         try:
-            self.caches.fix_prompts([self.running[sequence.id].cache for sequence in finished])
+            self.caches.await_prompts([self.running[sequence.id].cache for sequence in finished])
         except Exception as error:
             # Then each is tried by itself.
             if not is_out_of_memory(error):

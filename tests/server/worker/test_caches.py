@@ -8,6 +8,7 @@ from torch import Tensor
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.scheduler import StepPlan
+from d2o_server.worker.cache_state import SequenceCache
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.runner import Launched
 from tests.server.worker.conftest import NONE, PAGE, Harness, generate, random_prompts, served_model
@@ -119,6 +120,29 @@ def test_a_short_prompt_is_left_alone_until_decoding_reaches_the_budget() -> Non
         compressed.append(harness.core.runner.running["a"].cache.compressed)
     # Slots are 40 after the first step; one page of slack above 50 is reached 26 steps later.
     assert compressed == [False] * 26 + [True] * 33
+
+
+def test_prompts_that_end_together_are_waited_for_once_and_looked_through_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a prompt's end leads to expect is known, and no budget fixed, when the host begins to wait."""
+    first, between, other = random_prompts((30, 100, 150), seed=3)
+    heard, waits = CacheManager._heard, []
+
+    def note(caches: CacheManager, due: list[SequenceCache], received: list[Tensor | None]) -> Tensor:
+        waits.append([(cache.expected, cache.compressed) for cache in due])
+        return heard(caches, due, received)
+
+    monkeypatch.setattr(CacheManager, "_heard", note)
+    harness = Harness(chunk=500)
+    for name, prompt in (("repeats", [*first, *between, *first]), ("not", other), ("short", first)):
+        harness.submit(prompt, SMALL.with_changes(min_budget=40), name=name, new=2)
+    harness.step()
+    # A quarter of a budget of 48 may be spent on what followed.
+    assert waits == [[(list(range(30, 42)), False), ([], False)]]
+    caches = [running.cache for running in harness.core.runner.running.values()]
+    assert [cache.compressed for cache in caches] == [True, True, False]
+    assert all(cache.densities is None and cache.scores is None and not cache.expected for cache in caches)
 
 
 def test_budgets_of_layers_differ_and_never_exceed_their_total() -> None:

@@ -16,6 +16,7 @@ from d2o_server.worker.gpu.build import assemble
 from d2o_server.worker.gpu.memory import Demand, affordable_pages, trial_pages
 from d2o_server.worker.gpu.model import forward_of
 from d2o_server.worker.gpu.operator import AttentionOperator
+from d2o_server.worker.gpu.runner import KernelRunner
 from d2o_server.worker.pool_plan import PoolPlan
 from d2o_server.worker.warm_up import try_together
 from tests.server.worker.conftest import PAGE, load
@@ -49,6 +50,7 @@ def test_its_pool_holds_all_of_it_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     plan = plan_of(model, max_model_len=24, max_sequences=4, prefill_tokens=64)
     forward = forward_of(model, plan.shape.layers, compiled=False)
     core = assemble(plan, forward, AttentionOperator(), trial_pages(plan, 64))
+    assert isinstance(core.runner, KernelRunner)
     step, running = core.step, []
 
     def note() -> StepReport:
@@ -59,6 +61,7 @@ def test_its_pool_holds_all_of_it_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(core, "step", note)
     assert not try_together(core, memory._trials(plan, 64))
     assert running[0] == 3
+    core.runner.rehearse(4)
     state = core.pool_state()
     assert (state.used, state.reserved, state.running, state.waiting) == (0, 0, 0, 0)
 
