@@ -13,7 +13,7 @@ from d2o_server.models.describe import describe
 from d2o_server.settings import worker_settings
 from d2o_server.worker.gpu import memory
 from d2o_server.worker.gpu.build import assemble
-from d2o_server.worker.gpu.memory import Demand, affordable_pages, trial_pages
+from d2o_server.worker.gpu.memory import SetAside, affordable_pages, trial_pages
 from d2o_server.worker.gpu.model import forward_of
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.runner import KernelRunner
@@ -22,7 +22,7 @@ from d2o_server.worker.warm_up import try_together
 from tests.server.worker.conftest import PAGE, load
 
 GIB = 1 << 30
-DEMAND = Demand(others=GIB, model=16 * GIB, graphs=GIB, step=GIB, prompts=GIB)
+ASIDE = SetAside(others=GIB, model=16 * GIB, graphs=GIB, step=GIB, prompts=GIB)
 
 
 def plan_of(model: torch.nn.Module, **changes: object) -> PoolPlan:
@@ -70,9 +70,9 @@ def test_the_pool_gets_what_the_share_leaves(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=40 * GIB))
     model = load("tiny-llama", "d2o")
     plan = plan_of(model, gpu_memory_utilization=0.75)
-    assert affordable_pages(plan, DEMAND) == 10 * GIB // plan.page_bytes
+    assert affordable_pages(plan, ASIDE) == 10 * GIB // plan.page_bytes
     with pytest.raises(SettingsError) as error:
-        affordable_pages(plan_of(model, gpu_memory_utilization=0.5), DEMAND)
+        affordable_pages(plan_of(model, gpu_memory_utilization=0.5), ASIDE)
     assert str(error.value) == (
         "gpu_memory_utilization: got 0.5, which is 20480 MiB of the GPU, allowed is a share that holds the 20480 MiB of"
         " random:tiny-llama and its largest step (others 1.0, model 16.0, graphs 1.0, step 1.0, prompts 1.0 GiB), and a"

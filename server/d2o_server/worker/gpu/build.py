@@ -17,7 +17,7 @@ from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.gpu.batch_sizes import LIBRARIES, candidates, product_seconds, worth_capturing
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
-from d2o_server.worker.gpu.memory import Demand, affordable_pages, demand, hold_ready, trial_pages
+from d2o_server.worker.gpu.memory import SetAside, affordable_pages, hold_ready, set_aside, trial_pages
 from d2o_server.worker.gpu.model import Forward, forward_of, join_projections
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.runner import KernelRunner
@@ -49,15 +49,15 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
     shape, chunk = plan.shape, settings.prefill_tokens or PREFILL_TOKENS
     heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
     warm_plans(plan.device, plan.dtype, *heads, chunk, plan.max_model_len)
-    pages, needed = settings.num_pages, None
+    pages, aside = settings.num_pages, None
     if pages is None:
-        needed = _measure(plan, forward, operator, chunk)
-        pages = affordable_pages(plan, needed)
+        aside = _measure(plan, forward, operator, chunk)
+        pages = affordable_pages(plan, aside)
     core = assemble(plan, forward, operator, plan.checked(pages))
-    if needed is not None:
-        hold_ready(needed, plan.device)
+    if aside is not None:
+        hold_ready(aside, plan.device)
         total = core.pool_state().total
-        progress(f"{total} pages take {total * plan.page_bytes / 2**30:.1f} GiB, beside {needed}")
+        progress(f"{total} pages take {total * plan.page_bytes / 2**30:.1f} GiB, beside {aside}")
     if settings.graphs and isinstance(core.runner, KernelRunner):
         sizes = candidates(settings.max_sequences)
         layers = plan.shape.layers
@@ -97,11 +97,11 @@ def _keep_compiled_code(folder: str | None) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
 
 
-def _measure(plan: PoolPlan, forward: Forward, operator: AttentionOperator, chunk: int) -> Demand:
+def _measure(plan: PoolPlan, forward: Forward, operator: AttentionOperator, chunk: int) -> SetAside:
     """What a worker over a small pool needs beside it. Nothing of that worker is left."""
     core = assemble(plan, forward, operator, trial_pages(plan, chunk))
-    needed = demand(core, plan, chunk)
+    aside = set_aside(core, plan, chunk)
     del core
     gc.collect()
     torch.cuda.empty_cache()
-    return needed
+    return aside

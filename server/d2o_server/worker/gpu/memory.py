@@ -14,7 +14,7 @@ from d2o_server.worker.gpu.runner import KernelRunner
 from d2o_server.worker.pool_plan import PoolPlan
 from d2o_server.worker.warm_up import Trial, try_together
 
-TRIAL_OUTPUT = 4
+_TRIAL_OUTPUT = 4
 _TRIAL_RATIO = 0.25
 _PROMPTS_AT_ONCE = 2
 # Of a captured step over the same step run once: the libraries' workspaces, and what CUDA keeps for each graph.
@@ -22,7 +22,7 @@ _GRAPHS_SHARE, _GRAPHS_BYTES = 1.25, 1 << 28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+class SetAside:
     """Bytes of a GPU that the page pool cannot have.
 
     ``others`` is held outside of PyTorch, by other processes too; ``model`` has the weights and all that is made once
@@ -37,6 +37,10 @@ class Demand:
     prompts: int
 
     @property
+    def total(self) -> int:
+        return self.others + self.model + self.graphs + self.passing
+
+    @property
     def passing(self) -> int:
         """What comes and goes while steps run."""
         return self.step + self.prompts
@@ -46,7 +50,7 @@ class Demand:
         return f"{', '.join(parts)} GiB"
 
 
-def demand(core: WorkerCore, plan: PoolPlan, chunk: int) -> Demand:
+def set_aside(core: WorkerCore, plan: PoolPlan, chunk: int) -> SetAside:
     """What a worker needs beside its pool, measured on requests that fill a step.
 
     Args:
@@ -74,7 +78,7 @@ def demand(core: WorkerCore, plan: PoolPlan, chunk: int) -> Demand:
         graphs = int(_taken_since(before) * _GRAPHS_SHARE) + _GRAPHS_BYTES
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(plan.device)
-    return Demand(
+    return SetAside(
         others=total - free - torch.cuda.memory_reserved(),
         model=made - core.pool_state().total * plan.page_bytes,
         graphs=graphs,
@@ -89,7 +93,7 @@ def trial_pages(plan: PoolPlan, chunk: int) -> int:
     return plan.shape.layers * per_layer
 
 
-def affordable_pages(plan: PoolPlan, needed: Demand) -> int:
+def affordable_pages(plan: PoolPlan, aside: SetAside) -> int:
     """Pages for what is left of the share of the GPU's memory that the settings allow.
 
     Raises:
@@ -97,23 +101,22 @@ def affordable_pages(plan: PoolPlan, needed: Demand) -> int:
     """
     share = plan.settings.gpu_memory_utilization
     total = torch.cuda.get_device_properties(plan.device).total_memory
-    taken = sum(getattr(needed, field.name) for field in fields(needed))
-    pages: int = (int(total * share) - taken) // plan.page_bytes
+    pages: int = (int(total * share) - aside.total) // plan.page_bytes
     if pages < 1:
         raise SettingsError(
             f"gpu_memory_utilization: got {share}, which is {int(total * share) >> 20} MiB of the GPU, allowed is a"
-            f" share that holds the {taken >> 20} MiB of {plan.settings.model} and its largest step ({needed}), and a"
-            " page pool"
+            f" share that holds the {aside.total >> 20} MiB of {plan.settings.model} and its largest step ({aside}),"
+            " and a page pool"
         )
     return pages
 
 
-def hold_ready(needed: Demand, device: torch.device) -> None:
+def hold_ready(aside: SetAside, device: torch.device) -> None:
     """Has PyTorch keep one block for all that comes and goes.
 
     Steps of ever more tokens would otherwise ask the driver for a little larger blocks each time, and keep them all.
     """
-    torch.empty(needed.passing, dtype=torch.uint8, device=device)
+    torch.empty(aside.passing, dtype=torch.uint8, device=device)
 
 
 def _taken_since(before: int) -> int:
@@ -122,9 +125,9 @@ def _taken_since(before: int) -> int:
 
 def _trials(plan: PoolPlan, chunk: int) -> list[Trial]:
     """Requests whose prompts fill one step, or nearly."""
-    longest = max(1, min(chunk, plan.max_model_len - TRIAL_OUTPUT))
+    longest = max(1, min(chunk, plan.max_model_len - _TRIAL_OUTPUT))
     count = max(1, min(chunk // longest, plan.settings.max_sequences))
-    return [Trial(longest, TRIAL_OUTPUT, D2OConfig(ratio=_TRIAL_RATIO, min_budget=1))] * count
+    return [Trial(longest, _TRIAL_OUTPUT, D2OConfig(ratio=_TRIAL_RATIO, min_budget=1))] * count
 
 
 def _prompt_bytes(plan: PoolPlan) -> int:
