@@ -7,16 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
+from benchmarks._server import child_environment
 from d2o.config import D2OConfig
 from d2o_server.engine.memory import CacheShape, reserve
-from d2o_server.engine.shape import ModelShape
 from d2o_server.models.describe import describe
 from d2o_server.models.source import resolve
 from d2o_server.worker.loader import load_config, model_class_of
@@ -48,7 +47,7 @@ class Rates:
         if on_cpu or shutil.which("nvidia-smi") is None:
             return None
         command = [sys.executable, "-m", "benchmarks._gpu"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment({}))
         if done.returncode:
             reason = done.stderr.strip().rpartition("\n")[2]
             raise RuntimeError(f"the GPU's rates cannot be measured: {reason or done.returncode}")
@@ -81,13 +80,9 @@ class Work:
             parameters=blocks,
             head_parameters=head,
             pair_operations=4 * shape.query_heads * shape.head_dim,
-            slot_bytes=_slot_bytes(shape, dtype),
+            slot_bytes=shape.bytes_per_token(dtype.itemsize) // shape.layers,
             element_bytes=dtype.itemsize,
         )
-
-
-def _slot_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
-    return 2 * shape.kv_heads * shape.head_dim * dtype.itemsize
 
 
 def _parameters(config: PreTrainedConfig) -> tuple[int, int]:
@@ -130,7 +125,8 @@ def floor_of(
     steps = new_tokens - 1
     weights = work.parameters + work.head_parameters
     step = max(weights * work.element_bytes / read, 2 * weights * requests / operations)
-    budget = reserve(_cache_shape(work), D2OConfig.of(**compression), prompt_tokens, new_tokens).budget
+    cache = CacheShape(windows=work.windows, page_size=1)
+    budget = reserve(cache, D2OConfig.of(**compression), prompt_tokens, new_tokens).budget
     slots = sum(_slots_read(window or budget or None, prompt_tokens, steps) for window in work.windows)
     pairs = sum(_pairs(window, prompt_tokens) for window in work.windows)
     return Floor(
@@ -141,13 +137,9 @@ def floor_of(
     )
 
 
-def _cache_shape(work: Work) -> CacheShape:
-    return CacheShape(windows=work.windows, page_size=1)
-
-
 def _slots_read(most: int | None, prompt_tokens: int, steps: int) -> int:
     """Slots that all steps of a sequence read in a layer that holds at most so many."""
-    lengths: Sequence[int] = range(prompt_tokens + 1, prompt_tokens + steps + 1)
+    lengths = range(prompt_tokens + 1, prompt_tokens + steps + 1)
     return sum(lengths) if most is None else sum(min(most, length) for length in lengths)
 
 

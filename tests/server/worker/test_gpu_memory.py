@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from d2o_server.engine.messages import StepReport
-from d2o_server.errors import SettingsError
+from d2o_server.errors import SettingsError, StartupError
 from d2o_server.models.describe import describe
 from d2o_server.settings import worker_settings
 from d2o_server.worker.gpu import memory
 from d2o_server.worker.gpu.build import assemble
 from d2o_server.worker.gpu.memory import SetAside, affordable_pages, trial_pages
-from d2o_server.worker.gpu.model import forward_of
+from d2o_server.worker.gpu.model import Logits, forward_of
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.runner import KernelRunner
 from d2o_server.worker.pool_plan import PoolPlan
@@ -64,6 +65,56 @@ def test_its_pool_holds_all_of_it_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     core.runner.rehearse(4)
     state = core.pool_state()
     assert (state.used, state.reserved, state.running, state.waiting) == (0, 0, 0, 0)
+
+
+def count_memory(monkeypatch: pytest.MonkeyPatch, made: int, peak: int) -> None:
+    """A GPU of 40 GiB on which PyTorch holds 9 and others 1."""
+    counters = {
+        "memory_allocated": made,
+        "max_memory_allocated": made + peak,
+        "memory_reserved": 9 * GIB,
+        "mem_get_info": (30 * GIB, 40 * GIB),
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+    }
+    for name, value in counters.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+
+@pytest.mark.parametrize("takes_groups", [True, False])
+def test_what_is_set_aside_adds_up(monkeypatch: pytest.MonkeyPatch, takes_groups: bool) -> None:
+    """On a device whose counters say that each thing that runs takes 3,000,000 bytes beside what was made."""
+    model = load("tiny-llama", "d2o")
+    plan = plan_of(model, max_model_len=24, max_sequences=4, prefill_tokens=64)
+    shape, pages = plan.shape, trial_pages(plan, 64)
+    peak = 3_000_000
+    count_memory(monkeypatch, 500_000 + pages * plan.page_bytes, peak)
+    monkeypatch.setattr(memory, "cudnn_takes_groups", lambda *_: takes_groups)
+    core = assemble(plan, forward_of(model, shape.layers, compiled=False), AttentionOperator(), pages)
+    aside = memory.set_aside(core, plan, 64)
+    # Three prompts of 20 tokens were read; a full step has 64, and four sequences that decode.
+    assert aside.step == peak * 68 // 60
+    assert aside.graphs == peak * 5 // 4 + 2**28
+    assert (aside.model, aside.others) == (500_000, GIB)
+    heads = shape.kv_heads + (0 if takes_groups else shape.query_heads)
+    sums, context = 4 * shape.layers * (shape.query_heads + shape.kv_heads), 2 * 4 * shape.head_dim * heads
+    assert aside.prompts == (2 * sums + context) * 24
+    assert aside.total == sum(asdict(aside).values())
+
+
+def test_a_model_that_fails_the_trial_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load("tiny-llama", "d2o")
+    plan = plan_of(model, max_model_len=24, prefill_tokens=64)
+    count_memory(monkeypatch, 0, 0)
+
+    def broken(*_: object) -> Logits:
+        raise ValueError("no such kernel")
+
+    core = assemble(plan, broken, AttentionOperator(), trial_pages(plan, 64))
+    with pytest.raises(
+        StartupError, match=r"^the model failed its first forward pass: the step .* failed: ValueError$"
+    ):
+        memory.set_aside(core, plan, 64)
 
 
 def test_the_pool_gets_what_the_share_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
