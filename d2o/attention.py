@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from d2o.pages import PagePool
+from d2o.ragged import ragged_indices
 
 _TILE_ELEMENTS = 1 << 22
 _SEGMENT_SLOTS = 128
@@ -170,8 +171,7 @@ class DecodeSegments:
         pages = (used + pool.page_size - 1) // pool.page_size
         count = (pages + per - 1) // per
         flat = count.flatten()
-        owner = torch.arange(flat.numel(), device=pool.device).repeat_interleave(flat)
-        nth = torch.arange(owner.numel(), device=pool.device) - (flat.cumsum(0) - flat)[owner]
+        owner, nth = ragged_indices(flat)
         layer, column = owner // rows.numel(), owner % rows.numel()
         page_index = nth[:, None] * per + torch.arange(per, device=pool.device)
         last = pages[layer, column] - 1

@@ -12,6 +12,8 @@ import mmap
 import torch
 from torch import Tensor
 
+from d2o.ragged import ragged_indices
+
 
 class PoolExhausted(RuntimeError):
     """More pages were asked for than are free: a reservation was not honoured."""
@@ -134,8 +136,7 @@ class PagePool:
         self.free_pages -= total
         layer, column = missing.nonzero(as_tuple=True)
         count = missing[layer, column]
-        owner = torch.arange(count.numel()).repeat_interleave(count)
-        nth = torch.arange(total) - (count.cumsum(0) - count)[owner]
+        owner, nth = ragged_indices(count)
         layer, row = layer[owner], rows[column[owner]]
         place = self.held[layer, row] + nth
         self.block_table[layer, row, place] = pages
@@ -162,8 +163,7 @@ class PagePool:
         total = int(spare.sum())
         if total == 0:
             return
-        owner = torch.arange(spare.numel()).repeat_interleave(spare)
-        nth = torch.arange(total) - (spare.cumsum(0) - spare)[owner]
+        owner, nth = ragged_indices(spare)
         pages = self.block_table[layers[owner], rows[owner], keep[owner] + nth]
         self._free[self.free_pages : self.free_pages + total] = pages
         self.free_pages += total
@@ -184,12 +184,14 @@ class PagePool:
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless free + owned = all pages, no page is owned twice and lengths fit."""
-        free = self._free[: self.free_pages].tolist()
-        columns = torch.arange(self.block_table.shape[2])
-        owned = self.block_table[columns < self.held[..., None]].tolist()
-        every = sorted(free + owned)
-        if every != list(range(self.num_pages)):
-            raise AssertionError(f"pages: {len(free)} free and {len(owned)} owned are not the {self.num_pages} pages")
+        layer, row = self.held.nonzero(as_tuple=True)
+        owner, nth = ragged_indices(self.held[layer, row])
+        free, owned = self._free[: self.free_pages], self.block_table[layer[owner], row[owner], nth]
+        pages = torch.cat([free, owned])
+        if pages.numel() != self.num_pages or not bool(pages.bincount(minlength=self.num_pages).eq(1).all()):
+            raise AssertionError(
+                f"pages: {free.numel()} free and {owned.numel()} owned are not the {self.num_pages} pages"
+            )
         if bool((self.used > self.held * self.page_size).any()):
             raise AssertionError("a (layer, row) uses more slots than its pages hold")
         if self._free_rows and bool(self.held[:, self._free_rows].any()):

@@ -11,6 +11,7 @@ from torch import Tensor
 from d2o.compaction import compact
 from d2o.config import D2OConfig
 from d2o.pages import PagePool
+from d2o.ragged import ragged_indices
 
 NO_THRESHOLD = torch.nan
 
@@ -104,8 +105,7 @@ class TorchCacheOps:
 
     def clear_new(self, rows: Tensor, counts: Tensor, seen: Tensor) -> Tensor:
         pool = self.pool
-        owner = torch.arange(rows.numel()).repeat_interleave(counts)
-        nth = torch.arange(owner.numel()) - (counts.cumsum(0) - counts)[owner]
+        owner, nth = ragged_indices(counts)
         layers = torch.arange(pool.layers)[:, None]
         slots = pool.slot_rows(layers, rows[owner], pool.used[:, rows][:, owner] + nth)
         flat = slots.flatten()

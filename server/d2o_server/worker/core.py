@@ -36,7 +36,7 @@ class WorkerCore:
 
     As many steps as the runner's ``depth`` are under way while the next is planned, so that a device need not wait for
     the host. A sequence whose last token turns out to end it has then run one token more, which nobody sees.
-    ``check_integrity`` verifies the pool after every step (tests); otherwise it is verified when idle.
+    ``check_integrity`` verifies the pool after every step (tests).
     ``in_lockstep``: other ranks take part in every step, so that one which fails here cannot be survived.
     """
 
@@ -127,7 +127,7 @@ class WorkerCore:
         if plan:
             self._launch(plan, early)
         self._finish(self.runner.depth if plan else 0)
-        if self._check_every_step or not self.scheduler:
+        if self._check_every_step:
             self.check_integrity()
         return self._report()
 

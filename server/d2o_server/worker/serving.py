@@ -92,6 +92,8 @@ def _run(socket: zmq.Socket[bytes], say: Callable[[FromWorker], None], core: Wor
             if admission := core.admit():
                 say(admission)
             tell(core.step(tell))
+            if not core:
+                core.check_integrity()
 
 
 def _received(socket: zmq.Socket[bytes], *, wait: bool) -> list[bytes]:

@@ -1,4 +1,6 @@
-"""The worker process, and a file that says what goes wrong in it: ``refuse`` a start, ``die`` or ``hang`` in a step.
+"""The worker process, and a file that says what goes wrong in it.
+
+``refuse`` a start; in a step ``die``, ``hang`` or ``lose`` a page.
 
 Beside it a file ``.taken-down`` appears where the interpreter comes to its own end.
 """
@@ -32,6 +34,9 @@ def step(core: WorkerCore, *early: Callable[[StepReport], None]) -> StepReport:
             # As a kernel that crashes does, later than the socket's thread has sent what was said before the step.
             time.sleep(0.2)
             os._exit(3)
+        if mood() == "lose":
+            pool = core.runner.caches.pool
+            pool.free_pages = pool.num_pages - int(pool.held.sum()) - 1
         while mood() == "hang":
             time.sleep(0.1)
     return _step(core, *early)

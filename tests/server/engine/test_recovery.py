@@ -18,7 +18,7 @@ import pytest_asyncio
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.dispatcher import Dispatcher
-from d2o_server.engine.messages import Admitted, AutoTerms, Ended, Failed, NewToken, Submit
+from d2o_server.engine.messages import Admitted, AutoTerms, Ended, Failed, NewToken, Submit, WorkerSettings
 from d2o_server.engine.supervision import Supervision
 from d2o_server.engine.ticket import Ticket, TicketEvent
 from d2o_server.engine.types import SamplingParams
@@ -37,12 +37,14 @@ SETTINGS = worker_settings(
 
 
 @asynccontextmanager
-async def workers(count: int, mood: Path, restarts: int) -> AsyncIterator[Dispatcher]:
+async def workers(
+    count: int, mood: Path, restarts: int, settings: WorkerSettings = SETTINGS
+) -> AsyncIterator[Dispatcher]:
     quick = Supervision(worker_timeout=2, worker_restarts=restarts, first_pause=0.1, longest_pause=0.1)
     made = [
         Worker(
             index,
-            SETTINGS,
+            settings,
             lambda _: None,
             {MOOD: str(mood), "OMP_NUM_THREADS": "1"},
             module="tests.server.engine.moody_worker",
@@ -218,6 +220,24 @@ async def test_a_step_that_hangs_is_given_up_and_its_requests_are_not(one: Dispa
     feel(mood, "")
     came = await events(ticket)
     assert (len(tokens(came)), ticket.resumed) == (300, 1)
+
+
+async def test_a_worker_that_has_lost_a_page_serves_what_it_has_and_starts_again_when_idle(tmp_path: Path) -> None:
+    unchecked = msgspec.structs.replace(SETTINGS, check_integrity=False)
+    async with workers(1, tmp_path / "file", restarts=1, settings=unchecked) as dispatcher:
+        (worker,) = dispatcher.workers
+        ticket = dispatcher.submit(request(), 60)
+        await until_it_has(ticket, 20)
+        feel(tmp_path / "file", "lose")
+        async with asyncio.timeout(10):
+            while worker.restarts == 0:
+                await asyncio.sleep(0.02)
+        feel(tmp_path / "file", "")
+        assert len(tokens(await events(ticket))) == 300
+        await until_serving(worker)
+        assert len(tokens(await events(dispatcher.submit(request(), 60)))) == 300
+        # The last report told all that the stream had, before the pool was looked at.
+        assert (ticket.resumed, worker.restarts) == (0, 1)
 
 
 async def test_a_stop_string_that_was_found_before_the_death_is_not_forgotten(one: Dispatcher) -> None:

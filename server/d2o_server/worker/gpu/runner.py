@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from d2o.kernels.decode import DecodeGrid, plan_decode
+from d2o.ragged import ragged_indices
 from d2o_server.engine.scheduler import PrefillSlice, StepPlan
 from d2o_server.engine.sequence import Sequence
 from d2o_server.errors import ServerError
@@ -167,9 +168,8 @@ class KernelRunner(Runner):
 
     def _prefill_part(self, parts: tuple[PrefillSlice, ...], rows: Tensor, starts: Tensor, first: int) -> PrefillPart:
         counts = torch.tensor([part.count for part in parts])
-        owner = torch.arange(len(parts)).repeat_interleave(counts)
-        places = starts[owner] + torch.arange(owner.numel()) - (counts.cumsum(0) - counts)[owner]
-        packed = upload(torch.stack([rows[owner], places]).int(), self.caches.pool.device)
+        owner, nth = ragged_indices(counts)
+        packed = upload(torch.stack([rows[owner], starts[owner] + nth]).int(), self.caches.pool.device)
         ends = (first + counts.cumsum(0)).tolist()
         chunks = tuple(
             Chunk(end - part.count, end, part.start, row, self._targets(part.sequence))
