@@ -34,7 +34,7 @@ _BATCHES = (1, 4, 16, 32, 64, 128, 192, 256)
 # Names of kernels by what they do; the rest is normalisation, rotation, activation and sampling.
 _KINDS = {
     "attention": ("attend_kernel", "_plan_kernel", "cudnn", "flash", "fmha", "_merge_kernel"),
-    "scores": ("column_sums", "settle_kernel"),
+    "scores": ("column_sums", "turns_kernel", "settle_kernel"),
     "exchange": ("nccl", "all_reduce"),
     "matrices": ("nvjet", "gemm", "cublas", "splitK", "cutlass"),
     "eviction": (
