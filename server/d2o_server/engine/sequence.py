@@ -24,6 +24,7 @@ class Sequence:
     """What the scheduler knows of a sequence. Lengths of caches belong to the worker's pool, not to this.
 
     ``launched`` counts the output tokens that steps were launched for; it is ahead of ``output`` while steps run.
+    From its prompt's last step to the compression of that it is ``compressing`` and decodes nothing.
 
     Those that wait are admitted in the order of ``due``. ``reserved_pages`` is what admission promised: the
     reservation's peak until the prompt is compressed, then its resident bound, then exactly what compression left it
@@ -56,6 +57,7 @@ class Sequence:
     resumed: bool = False
     rereads: bool = False
     stopping: bool = False
+    compressing: bool = False
     reading: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -110,4 +112,4 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether the next step may run a token of it."""
-        return self.stage is Stage.DECODE and self.launched < self.max_new_tokens
+        return self.stage is Stage.DECODE and not self.compressing and self.launched < self.max_new_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,6 +23,12 @@ class Span(Protocol):
     def stop(self) -> None: ...
 
     def seconds(self) -> float: ...
+
+
+class Fetched(Protocol):
+    """Tensors on their way to the host."""
+
+    def wait(self) -> tuple[Tensor, ...]: ...
 
 
 class CacheOps(Protocol):
@@ -64,9 +71,23 @@ class CacheOps(Protocol):
         """Tokens merged and dropped in each layer, means over KV heads."""
         ...
 
+    def fetch(self, values: Tensor) -> Fetched:
+        """Has ``values`` come to the host, behind the work that was launched already."""
+        ...
+
     def span(self) -> Span:
         """Starts a stopwatch."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """Tensors that are on the host."""
+
+    tensors: tuple[Tensor, ...]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        return self.tensors
 
 
 class HostSpan:
@@ -137,6 +158,9 @@ class TorchCacheOps:
 
     def fates(self, row: int) -> tuple[list[float], list[float]]:
         return self._merged[:, row].tolist(), self._dropped[:, row].tolist()
+
+    def fetch(self, values: Tensor) -> Fetched:
+        return Here((values,))
 
     def span(self) -> Span:
         return HostSpan()

@@ -8,15 +8,28 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from d2o.config import D2OConfig
-from d2o_server.worker.cache_ops import Span
+from d2o_server.worker.cache_ops import Fetched, Span
 from d2o_server.worker.prompt_scores import PromptScores
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Densities of several prompts [prompts, full layers], on their way to the host; one's are at ``place``."""
+
+    fetched: Fetched
+    place: int
+
+    def densities(self) -> Tensor:
+        """The prompt's [full layers], once they are there."""
+        (densities,) = self.fetched.wait()
+        return densities[self.place]
 
 
 @dataclass(slots=True, eq=False)
 class SequenceCache:
     """One sequence's place in the pool.
 
-    ``densities`` [full layers], on the host, and ``expected``, slots of the prompt, are there once it has been read and
+    ``heard``, what its budgets depend on, and ``expected``, slots of the prompt, are there once it has been read and
     until it is compressed. ``spans`` are (time spent on compression, share of it) pairs, of which the first
     ``prompt_spans`` were its prompt's.
     """
@@ -27,7 +40,7 @@ class SequenceCache:
     prompt: Sequence[int]
     total_tokens: int
     scores: PromptScores | None = None
-    densities: Tensor | None = None
+    heard: Heard | None = None
     expected: list[int] = field(default_factory=list)
     budgets: list[int] = field(default_factory=list)
     compressed: bool = False

@@ -15,8 +15,8 @@ from d2o.recurrence import expect, slots_to_expect
 from d2o_server.engine.memory import CacheShape, Reservation
 from d2o_server.engine.messages import CacheState
 from d2o_server.engine.types import CacheFacts, LayerCache
-from d2o_server.worker.cache_ops import CacheOps
-from d2o_server.worker.cache_state import CacheLengths, SequenceCache
+from d2o_server.worker.cache_ops import CacheOps, Fetched
+from d2o_server.worker.cache_state import CacheLengths, Heard, SequenceCache
 from d2o_server.worker.prompt_scores import PromptScores
 from d2o_server.worker.ranks import Ranks
 
@@ -131,29 +131,32 @@ class CacheManager:
         if cache.scores is not None:
             cache.scores.clear()
 
-    def await_prompts(self, caches: list[SequenceCache]) -> None:
-        """Learns what the budgets of prompts depend on whose last chunk has run: one wait for all.
+    def hear_prompts(self, caches: list[SequenceCache]) -> None:
+        """Has the device say what the budgets of prompts depend on whose last chunk was launched; nobody waits.
 
-        Before :meth:`finish_prompt`; what the host can look for meanwhile it looks for before it waits.
+        Before :meth:`finish_prompt`; what the prompts' ends lead to expect is looked for while the device works.
         """
-        due = [cache for cache in caches if self._compresses(cache)]
+        due = [cache for cache in caches if self.compresses(cache)]
         if not due:
             return
         with self._timed(due):
-            for cache in due:
-                if cache.scores is not None and cache.scores.window is not None:
-                    cache.expected = slots_to_expect(cache.prompt, cache.budget, cache.config)
-            densities = self._heard(due, [self._received(cache) for cache in due])
-            for cache, of in zip(due, densities, strict=True):
-                cache.densities = of
+            fetched = self._hear(due, [self._received(cache) for cache in due])
+        for place, cache in enumerate(due):
+            cache.heard = Heard(fetched, place)
+            if cache.scores is not None and cache.scores.window is not None:
+                cache.expected = slots_to_expect(cache.prompt, cache.budget, cache.config)
 
     def finish_prompt(self, cache: SequenceCache) -> int:
-        """Compresses a prompt whose last chunk has run; returns the pages that the sequence can still need."""
-        if self._compresses(cache) and cache.densities is None:
-            self.await_prompts([cache])
+        """Compresses a prompt whose last chunk was launched; returns the pages that the sequence can still need.
+
+        The host waits for that chunk where the prompt :meth:`compresses`.
+        """
+        if self.compresses(cache) and cache.heard is None:
+            self.hear_prompts([cache])
+        densities = None if cache.heard is None else cache.heard.densities()
         with self._timed([cache]):
-            if cache.densities is not None:
-                self._fix_budgets(cache, cache.densities)
+            if densities is not None:
+                self._fix_budgets(cache, densities)
             received = self._received(cache)
             if received is not None and (cache.compressed or cache.config.evicts_in_decode):
                 self.ops.store_scores(self._full, cache.row, self._group(received))
@@ -163,13 +166,14 @@ class CacheManager:
                 if window is not None:
                     expect(window, cache.expected, self.query_heads // self.pool.kv_heads, cache.config)
                 self._evict(layers, torch.full_like(layers, cache.row), cache.config, window)
-            cache.scores, cache.densities, cache.expected = None, None, []
+            cache.scores, cache.heard, cache.expected = None, None, []
             self._trim_windows(cache)
         cache.prompt_spans = len(cache.spans) if cache.compressed else 0
         return self.pages_needed(cache)
 
     @staticmethod
-    def _compresses(cache: SequenceCache) -> bool:
+    def compresses(cache: SequenceCache) -> bool:
+        """Whether its prompt is compressed once it has been read."""
         return cache.config.enabled and cache.prompt_tokens > cache.budget
 
     def _received(self, cache: SequenceCache) -> Tensor | None:
@@ -209,14 +213,15 @@ class CacheManager:
             return values
         return values[self._full if values.device == self._full.device else self._full_on_device]
 
-    def _heard(self, caches: list[SequenceCache], received: Sequence[Tensor | None]) -> Tensor:
-        """The densities [caches, full layers] of the attention [full layers, heads, tokens] received, on the host.
+    def _hear(self, caches: list[SequenceCache], received: Sequence[Tensor | None]) -> Fetched:
+        """The densities [caches, full layers] of the attention [full layers, heads, tokens] received.
 
-        Budgets depend on them, so this is where the host waits for the device: once for all of them.
+        Budgets depend on them, so whoever fixes those waits for the device: once for all of them.
         """
         none = torch.zeros(self._full.numel(), device=self.pool.device)
         pairs = zip(caches, received, strict=True)
-        return torch.stack([none if of is None else self._densities(of, cache.config) for cache, of in pairs]).cpu()
+        of_all = [none if of is None else self._densities(of, cache.config) for cache, of in pairs]
+        return self.ops.fetch(torch.stack(of_all))
 
     def _fix_budgets(self, cache: SequenceCache, densities: Tensor) -> None:
         """Fixes what each layer of a cache goes back to from now on."""
@@ -265,10 +270,8 @@ class CacheManager:
             layers = self._sliding[due]
             self._evict(layers, torch.full_like(layers, cache.row), _WINDOW_ONLY, None)
 
-    def must_wait(self, read: Sequence[SequenceCache]) -> bool:
-        """Whether budgets are about to be fixed: of prompts that were ``read`` whole now, or in :meth:`evict_due`."""
-        if any(map(self._compresses, read)):
-            return True
+    def must_wait(self) -> bool:
+        """Whether budgets are about to be fixed in :meth:`evict_due`."""
         due = self._of_full_layers(self.pool.used) >= self._of_full_layers(self.limit)
         return any(not self.by_row[row].compressed for row in due.any(0).nonzero().flatten().tolist())
 
@@ -300,8 +303,9 @@ class CacheManager:
         with self._timed(caches):
             used = self.pool.used[self._full[0]].tolist()
             received = [self.ops.read_scores(self._full, cache.row, used[cache.row]) for cache in caches]
-            for cache, densities in zip(caches, self._heard(caches, received), strict=True):
-                self._fix_budgets(cache, densities)
+            (densities,) = self._hear(caches, received).wait()
+            for cache, of in zip(caches, densities, strict=True):
+                self._fix_budgets(cache, of)
 
     def _evict(self, layers: Tensor, rows: Tensor, config: D2OConfig, window: Tensor | None) -> None:
         """Brings each (layer, row) pair that holds more back to its ``keep``; ``window``: [pairs, kv_heads, prompt]."""

@@ -30,12 +30,16 @@ from d2o_server.worker.runner import Launched, Runner, Sampled, Scored, StepOutc
 _log = logging.getLogger(__name__)
 _CACHE_STATE_SECONDS = 0.5
 
+Early = Callable[[StepReport], None]
+
 
 class WorkerCore:
     """Takes messages, runs steps and reports what each changed.
 
     As many steps as the runner's ``depth`` are under way while the next is planned, so that a device need not wait for
     the host. A sequence whose last token turns out to end it has then run one token more, which nobody sees.
+    A prompt's budgets are known once it has been read, and its first token comes before compression. Where other
+    prompts are there to be read it is compressed behind the next step, in which it has no part.
     ``check_integrity`` verifies the pool after every step (tests).
     ``in_lockstep``: other ranks take part in every step, so that one which fails here cannot be survived.
     """
@@ -47,6 +51,7 @@ class WorkerCore:
         self._check_every_step = check_integrity
         self._changes = _Changes()
         self._under_way: deque[Launched] = deque()
+        self._read: list[Sequence] = []
         self._cache_state_due = 0.0
         self.in_lockstep = False
 
@@ -114,16 +119,23 @@ class WorkerCore:
                 )
             )
 
-    def step(self, early: Callable[[StepReport], None] = lambda _: None) -> StepReport:
+    def step(self, early: Early | None = None) -> StepReport:
         """Admits, launches one step and reports what has ended; with nothing to run it waits for what is under way.
 
-        ``early`` is told what ended before the step where compression has to wait for the step itself: a prompt of
-        thousands of tokens may be read in it.
+        ``early`` is told what ended before the step where the step is launched only after a wait, or waited for: a
+        prompt of thousands of tokens may be read in it.
         """
         self._admit()
         if not self.runner.depth:
             self._finish(0)
         plan = self.scheduler.plan()
+        if self._read and not plan.prefill:
+            # A step that only decodes is too short to wait behind, and what is given back may admit the next prompt.
+            self._compress_read(early)
+            self._admit()
+            if self._changes.admitted:
+                self._tell(early)
+            plan = self.scheduler.plan()
         if plan:
             self._launch(plan, early)
         self._finish(self.runner.depth if plan else 0)
@@ -135,6 +147,10 @@ class WorkerCore:
         """Takes in the oldest steps until ``leave`` are under way."""
         while len(self._under_way) > leave:
             self._apply(self._under_way.popleft().wait())
+
+    def _tell(self, early: Early | None) -> None:
+        if early is not None:
+            early(self._report())
 
     def _report(self) -> StepReport:
         changes, self._changes = self._changes, _Changes()
@@ -148,7 +164,7 @@ class WorkerCore:
         self._cache_state_due = now + _CACHE_STATE_SECONDS
         return self.runner.caches.state()
 
-    def _launch(self, plan: StepPlan, early: Callable[[StepReport], None]) -> None:
+    def _launch(self, plan: StepPlan, early: Early | None) -> None:
         scored = Scored()
         while plan:
             try:
@@ -165,18 +181,42 @@ class WorkerCore:
             else:
                 return
 
-    def _launch_and_compress(self, plan: StepPlan, scored: Scored, early: Callable[[StepReport], None]) -> None:
+    def _launch_and_compress(self, plan: StepPlan, scored: Scored, early: Early | None) -> None:
         """Tokens that are there are told before compression waits for this step, and this step's once it has ended."""
         launched = self.runner.launch(plan, scored)
         self.scheduler.launched(plan)
-        waits = self.runner.depth > 0 and self.runner.compression_waits(plan)
+        self._compress_read(early)
+        waits = self.runner.depth > 0 and self.runner.compression_waits()
         if waits and self._under_way:
             self._finish(0)
-            early(self._report())
-        self.runner.compress(plan, launched)
+            self._tell(early)
+        self._read = self.runner.compress(plan, launched)
+        for sequence in self._read:
+            sequence.compressing = True
         self._under_way.append(launched)
         if waits:
             self._finish(0)
+        if not self.runner.depth:
+            self._compress_read(early)
+
+    def _compress_read(self, early: Early | None = None) -> None:
+        """Tells the first tokens of the prompts that were read to their end, then compresses those."""
+        if not self._read:
+            return
+        self._finish(0)
+        self._tell(early)
+        self._compress()
+
+    def _compress(self) -> None:
+        read, self._read = [each for each in self._read if each.stage is not Stage.FINISHED], []
+        for sequence in read:
+            sequence.compressing = False
+        try:
+            self._apply(self.runner.compress_prompts(read))
+        except Exception as error:
+            if self.in_lockstep:
+                raise
+            self._fail_all(read, error)
 
     def _apply(self, outcome: StepOutcome) -> None:
         """Takes in what a step did; sequences that have gone since it was launched have no part in it."""
@@ -213,9 +253,13 @@ class WorkerCore:
             self._end(sequence, FinishReason.LENGTH)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
-        """A defect of ours costs the requests of the step in which it showed."""
-        _log.exception("a step of %d sequences failed", len(list(plan.sequences)))
-        for sequence in plan.sequences:
+        """A defect of ours costs the requests of the step in which it showed, and no token of the steps before."""
+        self._finish(0)
+        self._fail_all(list(plan.sequences), error)
+
+    def _fail_all(self, sequences: list[Sequence], error: Exception) -> None:
+        _log.error("a step of %d sequences failed", len(sequences), exc_info=error)
+        for sequence in sequences:
             # The step before may have ended it meanwhile.
             if sequence.stage is not Stage.FINISHED:
                 self._fail(sequence, EngineFailure(f"the step that ran the request failed: {type(error).__name__}"))
@@ -242,6 +286,11 @@ class WorkerCore:
         self.scheduler.remove(sequence)
 
     def _end(self, sequence: Sequence, reason: FinishReason, stop_token: int | None = None) -> None:
+        if sequence.compressing:
+            # What became of its tokens does not depend on when it ends.
+            self._compress()
+            if sequence.stage is Stage.FINISHED:
+                return
         facts = self.runner.close(sequence)
         self.scheduler.remove(sequence)
         self._changes.ended.append(Ended(id=sequence.id, reason=reason, facts=facts, stop_token_id=stop_token))

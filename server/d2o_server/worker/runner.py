@@ -64,7 +64,7 @@ class StepOutcome:
 
 
 class Launched(Protocol):
-    """A step on its way. What its compression settles or fails is added to it after the launch."""
+    """A step on its way. What :meth:`Runner.compress` settles or fails is added to it after the launch."""
 
     @property
     def settled(self) -> list[tuple[Sequence, int]]: ...
@@ -171,31 +171,46 @@ class Runner(ABC):
     def _run(self, plan: StepPlan, scored: set[int]) -> Launched:
         """Takes slots for the step's tokens, runs the model and samples."""
 
-    def compression_waits(self, plan: StepPlan) -> bool:
+    def compression_waits(self) -> bool:
         """Whether :meth:`compress` will wait for the step to end."""
-        read = [self.running[part.sequence.id].cache for part in plan.prefill if part.last]
-        return self.caches.must_wait(read)
+        return self.caches.must_wait()
 
     @torch.inference_mode()
-    def compress(self, plan: StepPlan, launched: Launched) -> None:
-        """Compresses the prompts whose last chunk runs in a step, and all that is due; adds what it settles to it."""
+    def compress(self, plan: StepPlan, launched: Launched) -> list[Sequence]:
+        """Evicts what is due after a step; adds what it settles or fails to ``launched``.
+
+        Returns those whose prompts the step reads to their end and which :meth:`compress_prompts` must follow for,
+        before they decode: it waits for the step, and another may be launched first.
+        """
         failed = {sequence.id for sequence, _ in launched.failed}
-        finished = [part.sequence for part in plan.prefill if part.last and part.sequence.id not in failed]
+        read = [part.sequence for part in plan.prefill if part.last and part.sequence.id not in failed]
         try:
-            self.caches.await_prompts([self.running[sequence.id].cache for sequence in finished])
+            self.caches.hear_prompts([self.running[sequence.id].cache for sequence in read])
         except Exception as error:
             # Then each is tried by itself.
             if not is_out_of_memory(error):
                 raise
-        for sequence in finished:
+        compressed = [sequence for sequence in read if self.caches.compresses(self.running[sequence.id].cache)]
+        self._finish_prompts([sequence for sequence in read if sequence not in compressed], launched)
+        self.caches.evict_due()
+        return compressed
+
+    @torch.inference_mode()
+    def compress_prompts(self, sequences: list[Sequence]) -> StepOutcome:
+        """Compresses prompts that were read; returns what that settles or fails."""
+        outcome = StepOutcome()
+        self._finish_prompts(sequences, outcome)
+        return outcome
+
+    def _finish_prompts(self, sequences: list[Sequence], into: Launched | StepOutcome) -> None:
+        for sequence in sequences:
             try:
-                launched.settled.append((sequence, self.caches.finish_prompt(self.running[sequence.id].cache)))
+                into.settled.append((sequence, self.caches.finish_prompt(self.running[sequence.id].cache)))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 fault = OutOfDeviceMemory("the device ran out of memory compressing the prompt")
-                launched.failed.append((sequence, fault))
-        self.caches.evict_due()
+                into.failed.append((sequence, fault))
 
     def _choose(self, logits: Tensor, sequences: list[Sequence]) -> SampledBatch:
         """A token for each row of ``logits``: the known one where the sequence is replayed, otherwise a sampled one."""

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.scheduler import StepPlan
-from d2o_server.worker.cache_state import SequenceCache
+from d2o_server.engine.sequence import Sequence
+from d2o_server.worker.cache_ops import Fetched, TorchCacheOps
+from d2o_server.worker.cache_state import Heard
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.runner import Launched
 from tests.server.worker.conftest import NONE, PAGE, Harness, generate, random_prompts, served_model
@@ -127,22 +129,30 @@ def test_prompts_that_end_together_are_waited_for_once_and_looked_through_before
 ) -> None:
     """What a prompt's end leads to expect is known, and no budget fixed, when the host begins to wait."""
     first, between, other = random_prompts((30, 100, 150), seed=3)
-    heard, waits = CacheManager._heard, []
-
-    def note(caches: CacheManager, due: list[SequenceCache], received: list[Tensor | None]) -> Tensor:
-        waits.append([(cache.expected, cache.compressed) for cache in due])
-        return heard(caches, due, received)
-
-    monkeypatch.setattr(CacheManager, "_heard", note)
     harness = Harness(chunk=500)
+    asked: list[list[int]] = []
+    found: list[list[tuple[list[int], bool]]] = []
+    fetch, densities = TorchCacheOps.fetch, Heard.densities
+
+    def ask(ops: TorchCacheOps, values: Tensor) -> Fetched:
+        asked.append(list(values.shape))
+        return fetch(ops, values)
+
+    def wait(heard: Heard) -> Tensor:
+        found.append([(each.cache.expected, each.cache.compressed) for each in harness.core.runner.running.values()])
+        return densities(heard)
+
+    monkeypatch.setattr(TorchCacheOps, "fetch", ask)
+    monkeypatch.setattr(Heard, "densities", wait)
     for name, prompt in (("repeats", [*first, *between, *first]), ("not", other), ("short", first)):
         harness.submit(prompt, SMALL.with_changes(min_budget=40), name=name, new=2)
     harness.step()
     # A quarter of a budget of 48 may be spent on what followed.
-    assert waits == [[(list(range(30, 42)), False), ([], False)]]
+    assert asked == [[2, harness.pool.layers]]
+    assert found[0] == [(list(range(30, 42)), False), ([], False), ([], False)]
     caches = [running.cache for running in harness.core.runner.running.values()]
     assert [cache.compressed for cache in caches] == [True, True, False]
-    assert all(cache.densities is None and cache.scores is None and not cache.expected for cache in caches)
+    assert all(cache.heard is None and cache.scores is None and not cache.expected for cache in caches)
 
 
 def test_budgets_of_layers_differ_and_never_exceed_their_total() -> None:
@@ -159,9 +169,11 @@ def test_compression_frees_staging_pages_in_the_same_step_for_those_who_wait() -
     harness = Harness(pages=reserved + reserved // 2, chunk=500)
     harness.submit(first, SMALL, name="a", new=NEW)
     harness.submit(second, SMALL, name="b", new=NEW)
-    assert [x.id for x in harness.step().admitted] == ["a"]
+    harness.step()
+    assert [bool(answer.reserved) for answer in harness.answers.values()] == [True, False]
     assert harness.core.pool_state().reserved < reserved // 2
-    assert [x.id for x in harness.step().admitted] == ["b"]
+    harness.step()
+    assert [bool(answer.reserved) for answer in harness.answers.values()] == [True, True]
     answers = harness.run()
     assert all(answer.reason for answer in answers.values())
 
@@ -194,10 +206,10 @@ def test_only_budgets_make_the_host_wait(config: D2OConfig, waits: bool, monkeyp
     runner, seen = harness.core.runner, []
     compress = runner.compress
 
-    def note(plan: StepPlan, launched: Launched) -> None:
+    def note(plan: StepPlan, launched: Launched) -> list[Sequence]:
         due = bool((harness.pool.used >= runner.caches.limit).any())
-        seen.append((due, runner.compression_waits(plan)))
-        compress(plan, launched)
+        seen.append((due, runner.compression_waits()))
+        return compress(plan, launched)
 
     monkeypatch.setattr(runner, "compress", note)
     harness.run()

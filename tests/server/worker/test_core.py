@@ -8,7 +8,9 @@ import pytest
 
 from d2o.config import D2OConfig
 from d2o_server.engine.messages import Cancel, Stop
+from d2o_server.engine.sequence import Sequence
 from d2o_server.engine.types import FinishReason, SamplingParams
+from d2o_server.worker.runner import StepOutcome
 from tests.server.worker.conftest import NONE, VOCABULARY, Harness, generate, random_prompts
 
 SMALL = D2OConfig(min_budget=1, ratio=0.3)
@@ -130,6 +132,35 @@ def test_nothing_ends_a_request_before_its_least_tokens(ends: bool) -> None:
     reason, tokens, _ = ended(few if ends else (), stop_token_ids=() if ends else few, min_new_tokens=8)
     assert tokens > 8
     assert reason in (FinishReason.STOP, FinishReason.END_OF_TEXT)
+
+
+def test_a_prompts_first_token_is_told_before_it_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(chunk=200)
+    harness.submit(random_prompts((60,))[0], SMALL, name="a", new=3)
+    told: list[int] = []
+    compress = harness.core.runner.compress_prompts
+
+    def note(sequences: list[Sequence]) -> StepOutcome:
+        told.append(len(harness.answers["a"].tokens))
+        return compress(sequences)
+
+    monkeypatch.setattr(harness.core.runner, "compress_prompts", note)
+    harness.run()
+    assert told == [1]
+
+
+def test_what_compression_leaves_of_a_prompt_does_not_depend_on_when_it_ends() -> None:
+    prompts = random_prompts((60, 60), seed=3)[:1] * 2
+    harness = Harness(chunk=200)
+    for name, prompt, new in zip(("one", "more"), prompts, (1, 3), strict=True):
+        harness.submit(prompt, SMALL, name=name, new=new)
+    one, more = (answer.facts for answer in harness.run().values())
+    assert one is not None
+    assert more is not None
+    budgets = [layer.budget for layer in one.layers]
+    assert budgets == [layer.budget for layer in more.layers]
+    assert budgets == [layer.kept for layer in one.layers]
+    assert 0 < max(budgets) < 60
 
 
 def test_a_request_that_cannot_be_reserved_fails_alone() -> None:

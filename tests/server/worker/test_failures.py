@@ -315,7 +315,8 @@ def test_out_of_memory_while_a_prompt_is_compressed_costs_that_prompt(monkeypatc
     answers = harness.run()
     assert answers["1"].failure is not None
     assert answers["1"].failure.error == "OutOfDeviceMemory"
-    assert answers["1"].tokens == []
+    # Its first token came before.
+    assert answers["1"].tokens == expected[1].tokens[:1]
     assert [answers[name].tokens for name in ("0", "2")] == [expected[0].tokens, expected[2].tokens]
 
 

@@ -13,10 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from d2o.config import D2OConfig
 from d2o.kernels.decode_plan import DecodeGrid
-from d2o_server.engine.messages import Cancel, StepReport
+from d2o_server.engine.messages import Cancel, StepReport, Stop
+from d2o_server.engine.scheduler import StepPlan
 from d2o_server.engine.types import SamplingParams
 from d2o_server.models.describe import describe
 from d2o_server.settings import worker_settings
+from d2o_server.worker.cache_state import Heard, SequenceCache
+from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.distribution import greedy, pad_vocabulary
 from d2o_server.worker.gpu import cache_ops
@@ -27,8 +30,9 @@ from d2o_server.worker.gpu.model import Logits, forward_of, join_projections
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.runner import KernelRunner
 from d2o_server.worker.pool_plan import PoolPlan
+from d2o_server.worker.runner import Launched
 from d2o_server.worker.sampler import SamplingState
-from tests.server.worker.conftest import NONE, PAGE, Answer, Harness, load, random_prompts, served_model
+from tests.server.worker.conftest import NONE, PAGE, Answer, Harness, generate, load, random_prompts, served_model
 from tests.server.worker.test_failures import failing_forward, memory_once
 
 NEW = 7
@@ -58,10 +62,10 @@ def kernel_core(model: nn.Module, *, pages: int = 400, chunk: int = 64, sequence
 class KernelHarness(Harness):
     """A harness over the GPU's worker."""
 
-    def __init__(self, name: str = "tiny-llama", *, chunk: int = 64, sequences: int = 8) -> None:
+    def __init__(self, name: str = "tiny-llama", *, chunk: int = 64, sequences: int = 8, pages: int = 400) -> None:
         self.model = load(name, "d2o")
         join_projections(self.model)
-        self.core = kernel_core(self.model, chunk=chunk, sequences=sequences)
+        self.core = kernel_core(self.model, chunk=chunk, sequences=sequences, pages=pages)
         self.pool = self.core.runner.caches.pool
         self.answers: dict[str, Answer] = {}
 
@@ -210,9 +214,15 @@ class NothingThatWaits(TorchFunctionMode):
         return func(*args, **named)
 
 
-@pytest.mark.parametrize(("policy", "length"), [("default", 45), ("late", 42)])
-def test_a_step_that_compression_waits_for_holds_back_no_earlier_token(policy: str, length: int) -> None:
-    """A prompt of two chunks is compressed when it has been read, another once it has outgrown its budget."""
+@pytest.mark.parametrize(
+    ("policy", "length", "early", "reported"),
+    [("default", 45, {"runs", "compressed"}, set()), ("late", 42, {"runs"}, {"runs", "compressed"})],
+)
+def test_a_step_that_compression_waits_for_holds_back_no_earlier_token(
+    policy: str, length: int, early: set[str], reported: set[str]
+) -> None:
+    """A prompt of two chunks is compressed when it has been read, before the next step; another after the step in which
+    it has outgrown its budget."""
     first, begins = random_prompts((9, 32), seed=4)
     # Its end has been said before, so that what followed there is expected.
     prompts = (first, begins + begins[: length - 32])
@@ -229,15 +239,134 @@ def test_a_step_that_compression_waits_for_holds_back_no_earlier_token(policy: s
         for each in (*waiting, report):
             harness.take(each)
         if waiting:
-            # What the step before brought came first, and the step that was waited for is not kept back either.
-            assert "runs" in [token.id for token in waiting[0].tokens]
-            assert {token.id for token in report.tokens} == {"runs", "compressed"}
-            assert not harness.core._under_way
+            # What the step before brought came first, and a step that was waited for is not kept back either.
+            assert early <= {token.id for token in waiting[0].tokens}
+            assert {token.id for token in report.tokens} == reported
+            assert len(harness.core._under_way) == (not reported)
             break
     else:
         pytest.fail("compression waited for no step")
     assert harness.run()["compressed"].tokens == expected.run()["compressed"].tokens
     assert harness.answers["runs"].tokens == expected.answers["runs"].tokens
+
+
+def test_a_prompt_is_compressed_behind_the_step_that_reads_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host waits for its budgets when that step is under way; with nothing left to read, before the next.
+
+    Its first token has been told by then.
+    """
+    prompts = random_prompts((45, 40, 20), seed=9)
+    expected = answers(Harness(served_model("tiny-llama")), prompts, POLICIES["default"])
+    harness = KernelHarness(chunk=32)
+    events: list[str] = []
+    run, densities = harness.core.runner._run, Heard.densities
+
+    def launch(plan: StepPlan, scored: set[int]) -> Launched:
+        parts = [f"{len(plan.decode)} decode"] if plan.decode else []
+        events.append(" + ".join([*parts, *(f"{part.count} of {part.sequence.id}" for part in plan.prefill)]))
+        return run(plan, scored)
+
+    def wait(heard: Heard) -> Tensor:
+        events.append("waits")
+        return densities(heard)
+
+    def take(report: StepReport) -> None:
+        events.extend(f"{token.id} begins" for token in report.tokens if not harness.answers[token.id].tokens)
+        KernelHarness.take(harness, report)
+
+    monkeypatch.setattr(harness, "take", take)
+    monkeypatch.setattr(harness.core.runner, "_run", launch)
+    monkeypatch.setattr(Heard, "densities", wait)
+    assert_alike(answers(harness, prompts, POLICIES["default"]), expected)
+    assert events[:5] == ["32 of 0", "13 of 0", "32 of 1", "0 begins", "waits"]
+    assert events[5:11] == ["1 decode + 8 of 1 + 20 of 2", "1 begins", "2 begins", "waits", "waits", "3 decode"]
+    assert events.count("waits") == len(prompts)
+
+
+def reading_another(config: D2OConfig, end_ids: tuple[int, ...] = ()) -> KernelHarness:
+    """A worker in which "read" waits for its compression while "other" is there to be read."""
+    first, second = random_prompts((45, 70), seed=9)
+    harness = KernelHarness(chunk=32)
+    harness.submit(first, config, name="read", new=NEW, end_ids=end_ids)
+    harness.submit(second, config, name="other", new=2)
+    harness.step()
+    harness.step()
+    sequence = harness.core.scheduler.find("read")
+    assert sequence is not None
+    assert sequence.compressing
+    assert not harness.answers["read"].tokens
+    return harness
+
+
+@pytest.mark.parametrize("way", ["cancel", "stop", "end of text"])
+def test_a_sequence_that_waits_for_its_compression_can_leave(way: str) -> None:
+    config = POLICIES["default"]
+    prompts = random_prompts((45, 70), seed=9)
+    expected = answers(Harness(served_model("tiny-llama")), prompts, config)
+    first = expected[0].tokens[0]
+    harness = reading_another(config, (first,) if way == "end of text" else ())
+    if way != "end of text":
+        harness.core.handle(Cancel("read") if way == "cancel" else Stop("read"))
+    answered = harness.run()
+    assert answered["other"].tokens == expected[1].tokens[:2]
+    if way == "cancel":
+        assert answered["read"].cancelled
+        assert not answered["read"].tokens
+        return
+    # It leaves as it would have a step earlier: compressed. Who stops it has all tokens that it wants.
+    assert answered["read"].reason == way.replace(" ", "_")
+    assert answered["read"].tokens == ([] if way == "stop" else [first])
+    facts = answered["read"].facts
+    assert facts is not None
+    assert expected[0].facts is not None
+    assert [layer.budget for layer in facts.layers] == [layer.budget for layer in expected[0].facts.layers]
+
+
+@pytest.mark.parametrize(
+    ("error", "named"), [(torch.OutOfMemoryError("device full"), "OutOfDeviceMemory"), (ValueError(), "EngineFailure")]
+)
+def test_compression_that_fails_behind_another_step_costs_its_prompt_only(
+    error: Exception, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = POLICIES["default"]
+    expected = answers(Harness(served_model("tiny-llama")), random_prompts((45, 70), seed=9), config)
+    harness = reading_another(config)
+    finish = CacheManager.finish_prompt
+
+    def fail(caches: CacheManager, cache: SequenceCache) -> int:
+        if cache.prompt_tokens == 45:
+            raise error
+        return finish(caches, cache)
+
+    monkeypatch.setattr(CacheManager, "finish_prompt", fail)
+    answered = harness.run()
+    failure = answered["read"].failure
+    assert failure is not None
+    assert failure.error == named
+    assert answered["read"].tokens == expected[0].tokens[:1]
+    assert answered["other"].tokens == expected[1].tokens[:2]
+
+
+def test_pages_that_compression_gives_back_admit_the_next_prompt_to_the_next_step() -> None:
+    config = D2OConfig(budget_tokens=16)
+    first, second = random_prompts((60, 60), seed=9)
+    (alone,) = generate([first], config, new=NEW)
+    harness = KernelHarness(pages=2 * alone.reserved - 4)
+    harness.submit(first, config, name="first", new=NEW)
+    harness.submit(second, config, name="second", new=NEW)
+    assert [each.id for each in harness.step().admitted] == ["first"]
+    told: list[StepReport] = []
+    report = harness.core.step(told.append)
+    assert [token.id for token in told[0].tokens] == ["first"]
+    assert [each.id for each in told[1].admitted] == ["second"]
+    for each in (*told, report):
+        harness.take(each)
+    sequence = harness.core.scheduler.find("second")
+    assert sequence is not None
+    # Read in the step that was launched then.
+    assert sequence.prefilled == 60
+    answered = harness.run()
+    assert all(answer.reason for answer in answered.values())
 
 
 def test_compression_that_fails_costs_none_that_ended_a_step_before(monkeypatch: pytest.MonkeyPatch) -> None:

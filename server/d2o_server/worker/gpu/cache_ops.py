@@ -11,8 +11,8 @@ from d2o.kernels.history import History
 from d2o.kernels.paged import PagedTensors
 from d2o.kernels.pending import Pending, settle
 from d2o.pages import PagePool
-from d2o_server.worker.cache_ops import HostSpan, Span
-from d2o_server.worker.gpu.device import DeviceSpan, upload
+from d2o_server.worker.cache_ops import Fetched, HostSpan, Span
+from d2o_server.worker.gpu.device import DeviceSpan, Download, upload
 
 
 class KernelCacheOps:
@@ -131,6 +131,9 @@ class KernelCacheOps:
             self._side.wait_event(event)
             merged, dropped = self.history.fates[:, :, row].tolist()
         return merged, dropped
+
+    def fetch(self, values: Tensor) -> Fetched:
+        return Download.start(values)
 
     def span(self) -> Span:
         return HostSpan() if self._side is None else DeviceSpan()
