@@ -40,8 +40,8 @@ async def test_a_drain_cuts_no_stream(launch_server: Launch) -> None:
 
 async def test_a_drain_under_100_streams_cuts_none_and_ends_within_its_grace(launch_server: Launch) -> None:
     # So many tokens that the streams outlast the window on a fast machine, and end within the grace on a slow one.
-    tokens = 400
-    server = launch_server(*TINY, "--num-pages", "5000", "--drain-window", "0.5", "--drain-grace", "40")
+    tokens = 700
+    server = launch_server(*TINY, "--num-pages", "30000", "--drain-window", "1.5", "--drain-grace", "40")
     async with AsyncClient(server.target, retry=NO_RETRY) as client:
         streams = [client.stream("x" * (1 + i), max_new_tokens=tokens, ignore_end_of_text=True) for i in range(100)]
         await asyncio.gather(*map(anext, streams))
@@ -51,7 +51,7 @@ async def test_a_drain_under_100_streams_cuts_none_and_ends_within_its_grace(lau
         await health_when(client, HealthStatus.NOT_SERVING, 2)
         late = await client.generate("y", max_new_tokens=2, ignore_end_of_text=True)
         assert late.usage.completion_tokens == 2
-        await asyncio.sleep(max(0.0, began + 1.0 - time.monotonic()))
+        await asyncio.sleep(max(0.0, began + 2.0 - time.monotonic()))
         assert not reading.done(), f"all streams ended {time.monotonic() - began:.1f} s after SIGTERM"
         for _ in range(3):
             with pytest.raises(UnavailableError, match=r"^the server is shutting down$"):
@@ -59,7 +59,7 @@ async def test_a_drain_under_100_streams_cuts_none_and_ends_within_its_grace(lau
         for answer in await reading:
             assert answer.usage.completion_tokens == len(answer.token_ids) == tokens
     assert server.process.wait(PATIENCE) == 0
-    assert time.monotonic() - began < 0.5 + 40
+    assert time.monotonic() - began < 1.5 + 40
 
 
 async def test_a_drain_ends_after_its_grace(launch_server: Launch) -> None:
