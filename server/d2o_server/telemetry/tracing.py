@@ -179,14 +179,15 @@ def _stages(timeline: Timeline) -> list[tuple[str, float, float, _Attributes]]:
     if first is None:
         return [*stages, ("prefill", admitted, ended, {"d2o.prompt_tokens": timeline.prompt_tokens})]
     cache = timeline.cache
-    # A prompt is compressed in the step that brings its first token, so just before that.
-    compressing = 0.0 if cache is None else min(cache.prompt_compression_seconds, first - admitted)
-    stages.append(("prefill", admitted, first - compressing, {"d2o.prompt_tokens": timeline.prompt_tokens}))
+    # A prompt is compressed when its first token has been told, unless that is its last.
+    compressing = 0.0 if cache is None else min(cache.prompt_compression_seconds, ended - admitted)
+    read = min(first, ended - compressing)
+    stages.append(("prefill", admitted, read, {"d2o.prompt_tokens": timeline.prompt_tokens}))
     if compressing:
-        stages.append(("compress", first - compressing, first, {}))
+        stages.append(("compress", read, read + compressing, {}))
     facts: _Attributes = {"d2o.completion_tokens": timeline.completion_tokens}
     if cache is not None:
         facts["d2o.eviction_seconds"] = cache.compression_seconds - cache.prompt_compression_seconds
         facts["d2o.cache_ratio"] = cache.ratio_reached
         facts["d2o.peak_pages"] = cache.peak_pages
-    return [*stages, ("decode", first, ended, facts)]
+    return [*stages, ("decode", read + compressing, ended, facts)]

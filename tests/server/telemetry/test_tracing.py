@@ -13,6 +13,8 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from d2o_inference.v1 import inference_service_pb2 as pb
 from d2o_inference.v1.inference_service_pb2_grpc import InferenceServiceStub
+from d2o_server.engine.observer import Timeline
+from d2o_server.engine.types import CacheFacts
 from d2o_server.rpc.server import RpcServer, RpcSettings
 from d2o_server.telemetry import tracing
 from tests.server.rpc.scripted_engine import STARTED, ScriptedEngine
@@ -30,6 +32,34 @@ class Counting(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self.spans += len(spans)
         return SpanExportResult.SUCCESS
+
+
+@pytest.mark.parametrize(
+    ("ended", "stages"),
+    [
+        (3.0, [("queue", 1.0, 1.5), ("prefill", 1.5, 2.0), ("compress", 2.0, 2.25), ("decode", 2.25, 3.0)]),
+        # The only token comes with the end, which waits for compression.
+        (2.0, [("queue", 1.0, 1.5), ("prefill", 1.5, 1.75), ("compress", 1.75, 2.0), ("decode", 2.0, 2.0)]),
+    ],
+)
+def test_compression_is_a_stage_after_the_first_token(ended: float, stages: list[tuple[str, float, float]]) -> None:
+    cache = CacheFacts(
+        layers=(), ratio_reached=0.5, peak_pages=1, compression_seconds=0.5, prompt_compression_seconds=0.25
+    )
+    timeline = Timeline(
+        generation_id="g",
+        arrived=1.0,
+        admitted=1.5,
+        first_token=2.0,
+        ended=ended,
+        prompt_tokens=4,
+        completion_tokens=5,
+        reason="length",
+        cache=cache,
+    )
+    found = tracing._stages(timeline)
+    assert [stage[:3] for stage in found] == stages
+    assert found[-1][3]["d2o.eviction_seconds"] == 0.25
 
 
 async def test_a_traced_call_that_is_cancelled_leaves_little_to_collect(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def set_aside(core: WorkerCore, plan: PoolPlan, chunk: int) -> SetAside:
         model=made - core.pool_state().total * plan.page_bytes,
         graphs=graphs,
         step=step,
-        prompts=_prompt_bytes(plan),
+        prompts=_prompt_bytes(plan, chunk),
     )
 
 
@@ -130,12 +130,16 @@ def _trials(plan: PoolPlan, chunk: int) -> list[Trial]:
     return [Trial(longest, _TRIAL_OUTPUT, D2OConfig(ratio=_TRIAL_RATIO, min_budget=1))] * count
 
 
-def _prompt_bytes(plan: PoolPlan) -> int:
-    """Column sums and one layer's gathered context of the longest prompts that are read at once."""
+def _prompt_bytes(plan: PoolPlan, chunk: int) -> int:
+    """Column sums and one layer's gathered context of the longest prompts that are read at once.
+
+    While a step reads prompts, those that ended in the one before wait to be compressed: a long one, and short ones
+    that filled the step.
+    """
     shape = plan.shape
     sums = 4 * shape.layers * (shape.query_heads + shape.kv_heads)
     heads, group = shape.kv_heads, shape.query_heads // shape.kv_heads
     if group > 1 and not cudnn_takes_groups(plan.device.index or 0, plan.dtype, shape.head_dim, group):
         heads += shape.query_heads
     context = 2 * plan.dtype.itemsize * shape.head_dim * heads
-    return (_PROMPTS_AT_ONCE * sums + context) * plan.max_model_len
+    return sums * (_PROMPTS_AT_ONCE * plan.max_model_len + chunk) + context * plan.max_model_len
