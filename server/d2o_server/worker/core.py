@@ -196,7 +196,8 @@ class WorkerCore:
         self._under_way.append(launched)
         if waits:
             self._finish(0)
-        if not self.runner.depth:
+        # One that ends with its first token reports what compression left, which behind the next step would come late.
+        if not self.runner.depth or any(each.launched == each.max_new_tokens for each in self._read):
             self._compress_read(early)
 
     def _compress_read(self, early: Early | None = None) -> None:

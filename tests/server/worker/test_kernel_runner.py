@@ -258,6 +258,30 @@ def test_a_prompt_is_compressed_behind_the_step_that_reads_the_next(monkeypatch:
     prompts = random_prompts((45, 40, 20), seed=9)
     expected = answers(Harness(served_model("tiny-llama")), prompts, POLICIES["default"])
     harness = KernelHarness(chunk=32)
+    events = events_of(harness, monkeypatch)
+    assert_alike(answers(harness, prompts, POLICIES["default"]), expected)
+    assert events[:5] == ["32 of 0", "13 of 0", "32 of 1", "0 begins", "waits"]
+    assert events[5:11] == ["1 decode + 8 of 1 + 20 of 2", "1 begins", "2 begins", "waits", "waits", "3 decode"]
+    assert events.count("waits") == len(prompts)
+
+
+def test_a_prompt_that_ends_with_its_first_token_is_compressed_before_the_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its end tells what compression left of it, and need not wait for another prompt's step."""
+    harness = KernelHarness(chunk=32)
+    events = events_of(harness, monkeypatch)
+    for name, prompt, new in zip("ab", random_prompts((45, 70), seed=9), (1, 2), strict=True):
+        harness.submit(prompt, POLICIES["default"], name=name, new=new)
+    answered = harness.run()
+    assert events[:5] == ["32 of a", "13 of a", "waits", "a begins", "32 of b"]
+    facts = answered["a"].facts
+    assert facts is not None
+    assert all(0 < layer.kept == layer.budget < 45 for layer in facts.layers)
+
+
+def events_of(harness: KernelHarness, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens from now on: tokens of prompts that steps read, waits for budgets, first tokens that are told."""
     events: list[str] = []
     run, densities = harness.core.runner._run, Heard.densities
 
@@ -277,10 +301,7 @@ def test_a_prompt_is_compressed_behind_the_step_that_reads_the_next(monkeypatch:
     monkeypatch.setattr(harness, "take", take)
     monkeypatch.setattr(harness.core.runner, "_run", launch)
     monkeypatch.setattr(Heard, "densities", wait)
-    assert_alike(answers(harness, prompts, POLICIES["default"]), expected)
-    assert events[:5] == ["32 of 0", "13 of 0", "32 of 1", "0 begins", "waits"]
-    assert events[5:11] == ["1 decode + 8 of 1 + 20 of 2", "1 begins", "2 begins", "waits", "waits", "3 decode"]
-    assert events.count("waits") == len(prompts)
+    return events
 
 
 def reading_another(config: D2OConfig, end_ids: tuple[int, ...] = ()) -> KernelHarness:
