@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import (
     attention_cpu,
@@ -20,6 +21,7 @@ from benchmarks import (
     equal_pool,
     neighbour_cpu,
     plot,
+    reserve_gpu,
     step_limits_gpu,
     throughput,
 )
@@ -30,6 +32,8 @@ from benchmarks._prompts import make_prompts
 from benchmarks._server import Reply, check_complete, child_environment
 from benchmarks._serving import Window
 from d2o_client import CacheFacts, Compression, Finished, FinishReason, Started, Usage
+from d2o_server.settings import worker_settings
+from d2o_server.worker.build import build_worker
 
 ON_CPU = ("--server-flags", "--device cpu", "--client-processes", "2")
 TINY = ("--model", "random:tiny-llama", "--dtype", "float32", "--threads", "1")
@@ -354,3 +358,21 @@ def test_power_is_the_mean_of_whole_samples_while_a_block_runs(tmp_path: Path, m
         pass
     with pytest.raises(RuntimeError, match="nvidia-smi gave no sample of power"):
         meter.mean()
+
+
+def test_memory_is_counted_over_a_load_that_runs_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device whose counters stand at what they are given here."""
+    peaks = {"max_memory_allocated": 70, "memory_allocated": 50, "max_memory_reserved": 95, "memory_reserved": 90}
+    for name, count in (peaks | {"mem_get_info": (30, 100), "reset_peak_memory_stats": None}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, count=count: count)
+    settings = worker_settings(model="random:tiny-llama", device="cpu", dtype="float32", threads=1, num_pages=4000)
+    core = build_worker(settings, lambda _: None).core
+    row = reserve_gpu._run(core, "uneven", reserve_gpu.loads_of(4)["uneven"])
+    assert row.pop("seconds") > 0
+    assert row == {
+        "requests": 4,
+        "failed": 0,
+        "allocated_growth_bytes": 20,
+        "reserved_growth_bytes": 5,
+        "in_use_bytes": 70,
+    }
