@@ -1,4 +1,4 @@
-"""Indices of things that every row has a number of its own of."""
+"""Indices over rows of unequal lengths."""
 
 from __future__ import annotations
 

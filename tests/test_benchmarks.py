@@ -19,6 +19,7 @@ from benchmarks import (
     concurrency_gpu,
     dtype_cpu,
     equal_pool,
+    first_token,
     neighbour_cpu,
     plot,
     reserve_gpu,
@@ -376,3 +377,15 @@ def test_memory_is_counted_over_a_load_that_runs_to_its_end(monkeypatch: pytest.
         "reserved_growth_bytes": 5,
         "in_use_bytes": 70,
     }
+
+
+def test_first_and_second_tokens_are_timed_with_and_without_compression(tmp_path: Path, story: Path) -> None:
+    small = ("--prompt-tokens", "120", "--at-once", "2", "--repeats", "2", "--text", str(story))
+    first_token.main([*TINY, *small, "--server-flags", "--device cpu", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "first_token.json").read_text())
+    assert [row["policy"] for row in result["policies"]] == ["none", "d2o"]
+    for row in result["policies"]:
+        assert len(row["rounds_first_seconds"]) == len(row["rounds_second_seconds"]) == 2
+        pairs = zip(row["rounds_first_seconds"], row["rounds_second_seconds"], strict=True)
+        assert all(0 < first < second for first, second in pairs)
+        assert row["first_seconds"] == sum(row["rounds_first_seconds"]) / 2

@@ -200,7 +200,7 @@ class WorkerCore:
         if not self.runner.depth or any(each.launched == each.max_new_tokens for each in self._read):
             self._compress_read(early)
 
-    def _compress_read(self, early: Early | None = None) -> None:
+    def _compress_read(self, early: Early | None) -> None:
         """Tells the first tokens of the prompts that were read to their end, then compresses those."""
         if not self._read:
             return
