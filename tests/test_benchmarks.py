@@ -387,5 +387,6 @@ def test_first_and_second_tokens_are_timed_with_and_without_compression(tmp_path
     for row in result["policies"]:
         assert len(row["rounds_first_seconds"]) == len(row["rounds_second_seconds"]) == 2
         pairs = zip(row["rounds_first_seconds"], row["rounds_second_seconds"], strict=True)
-        assert all(0 < first < second for first, second in pairs)
+        # Both come in one message where the front is behind.
+        assert all(0 < first <= second for first, second in pairs)
         assert row["first_seconds"] == sum(row["rounds_first_seconds"]) / 2
