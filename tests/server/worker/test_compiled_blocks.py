@@ -26,7 +26,9 @@ KINDS = {"tiny-llama": 1, "tiny-qwen2": 1, "tiny-gemma3": 2, "tiny-mixtral": 1, 
 class _LayerStep(KernelStep):
     """Attention that is a function of its layer's number, and nothing else that a step does."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, out: Tensor | None = None
+    ) -> Tensor:
         return (q * (layer + 1)).transpose(0, 1).contiguous()
 
 

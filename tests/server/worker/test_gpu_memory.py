@@ -15,7 +15,7 @@ from d2o_server.settings import worker_settings
 from d2o_server.worker.gpu import memory
 from d2o_server.worker.gpu.build import assemble
 from d2o_server.worker.gpu.memory import SetAside, affordable_pages, trial_pages
-from d2o_server.worker.gpu.model import Logits, forward_of
+from d2o_server.worker.gpu.model import Logits, ModelForward, forward_of
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.runner import KernelRunner
 from d2o_server.worker.pool_plan import PoolPlan
@@ -94,7 +94,8 @@ def test_what_is_set_aside_adds_up(monkeypatch: pytest.MonkeyPatch, takes_groups
     aside = memory.set_aside(core, plan, 64)
     # Three prompts of 20 tokens were read; a full step has 64, and four sequences that decode.
     assert aside.step == peak * 68 // 60
-    assert aside.graphs == peak * 5 // 4 + 2**28
+    # A decode step and the body of one that reads prompts.
+    assert aside.graphs == 2 * peak * 5 // 4 + 2**28
     assert (aside.model, aside.others) == (500_000, GIB)
     heads = shape.kv_heads + (0 if takes_groups else shape.query_heads)
     sums, context = 4 * shape.layers * (shape.query_heads + shape.kv_heads), 2 * 4 * shape.head_dim * heads
@@ -111,7 +112,9 @@ def test_a_model_that_fails_the_trial_is_not_served(monkeypatch: pytest.MonkeyPa
     def broken(*_: object) -> Logits:
         raise ValueError("no such kernel")
 
-    core = assemble(plan, broken, AttentionOperator(), trial_pages(plan, 64))
+    monkeypatch.setattr(ModelForward, "__call__", broken)
+    forward = forward_of(model, plan.shape.layers, compiled=False)
+    core = assemble(plan, forward, AttentionOperator(), trial_pages(plan, 64))
     with pytest.raises(
         StartupError, match=r"^the model failed its first forward pass: the step .* failed: ValueError$"
     ):

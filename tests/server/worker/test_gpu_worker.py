@@ -17,8 +17,10 @@ from d2o_server.engine.types import SamplingParams
 from d2o_server.settings import worker_settings
 from d2o_server.worker.build import build_worker
 from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.gpu import body_graphs
 from d2o_server.worker.gpu.batch_sizes import BatchSize
 from d2o_server.worker.gpu.runner import KernelRunner
+from d2o_server.worker.gpu.step import KernelStep
 from tests.server.worker.conftest import NONE, PAGE, Answer, Harness, random_prompts, served_model
 
 pytestmark = [
@@ -219,7 +221,7 @@ def test_captured_steps_of_all_sizes_share_memory_and_leave_their_own_logits(tmp
     graphs, sizes = runner._graphs, list(range(8, rows + 1, 8))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    runner.capture([BatchSize(size) for size in sizes], print)
+    runner.capture([BatchSize(size) for size in sizes], [], print)
     assert torch.cuda.memory_allocated() - before < 2 * sum(sizes) * vocabulary * 2 / 3
     padding, layers = graphs._ops.padding_row, graphs._ops.pool.layers
     for turn, size in enumerate([*sizes, *reversed(sizes), *sizes[1::2], *sizes[::2]]):
@@ -236,6 +238,44 @@ def test_captured_steps_of_all_sizes_share_memory_and_leave_their_own_logits(tmp
         torch.testing.assert_close(found, expected.logits)
         assert torch.equal(found.argmax(-1), best_ids)
         assert torch.equal(found.amax(-1), best)
+
+
+@pytest.mark.parametrize("name", ["none", "default", "late"])
+def test_steps_that_read_short_prompts_replay_what_they_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Beside decoding sequences, in chunks that look back at pages, several prompts at once; answers are the same."""
+    core = tiny_core("tiny-llama", tmp_path, check_integrity=True)
+    runner = core.runner
+    assert isinstance(runner, KernelRunner)
+    prompts = [prompt for seed in range(2) for prompt in random_prompts((1, 30, 77, 150, 260), seed=seed)]
+    replay, replayed = body_graphs._Captured.replay, []
+
+    def note(captured: body_graphs._Captured, step: KernelStep, tokens: int) -> Any:
+        replayed.append(tokens)
+        return replay(captured, step, tokens)
+
+    monkeypatch.setattr(body_graphs._Captured, "replay", note)
+
+    def answers() -> list[Answer]:
+        harness = GpuHarness(core)
+        for index, prompt in enumerate(prompts):
+            harness.submit(prompt, POLICIES[name], seed=index, new=NEW, sampling=SAMPLINGS[index % len(SAMPLINGS)])
+            if index % 3:
+                harness.step()
+        found = list(harness.run().values())
+        assert harness.holds_nothing()
+        return found
+
+    ours = answers()
+    # A step reads 128 tokens of prompts at most, beside 16 sequences at most.
+    assert runner._bodies._sizes[-1] == 144
+    assert sum(replayed) > sum(map(len, prompts))
+    assert max(replayed) > 128
+    replayed.clear()
+    runner._bodies._sizes = []
+    assert [answer.tokens for answer in answers()] == [answer.tokens for answer in ours]
+    assert not replayed
 
 
 def test_steps_stay_within_the_share_of_memory_that_the_settings_give(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from d2o_server.engine.memory import CacheShape
 from d2o_server.engine.scheduler import Scheduler
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.core import WorkerCore
-from d2o_server.worker.gpu.batch_sizes import LIBRARIES, candidates, product_seconds, worth_capturing
+from d2o_server.worker.gpu.batch_sizes import LIBRARIES, BatchSize, candidates, product_seconds, worth_capturing
+from d2o_server.worker.gpu.body_graphs import body_sizes
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.memory import SetAside, affordable_pages, hold_ready, set_aside, trial_pages
-from d2o_server.worker.gpu.model import Forward, forward_of, join_projections
+from d2o_server.worker.gpu.model import ModelForward, forward_of, join_projections
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.runner import KernelRunner
 from d2o_server.worker.gpu.trials import run_trials
@@ -59,16 +60,21 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
         total = core.pool_state().total
         progress(f"{total} pages take {total * plan.page_bytes / 2**30:.1f} GiB, beside {aside}")
     if settings.graphs and isinstance(core.runner, KernelRunner):
-        sizes = candidates(settings.max_sequences)
-        layers = plan.shape.layers
-        seconds = {each: plan.ranks.mean(product_seconds(model, sizes, layers, each)) for each in LIBRARIES}
-        core.runner.capture(worth_capturing(sizes, seconds), progress)
+        sizes, tokens = candidates(settings.max_sequences), body_sizes(chunk + settings.max_sequences)
+        core.runner.capture(_worth(model, plan, sizes), _worth(model, plan, tokens), progress)
     progress("warming up")
     run_trials(core, chunk, plan.shape.softcap)
     return core
 
 
-def assemble(plan: PoolPlan, forward: Forward, operator: AttentionOperator, pages: int) -> WorkerCore:
+def _worth(model: nn.Module, plan: PoolPlan, sizes: list[int]) -> list[BatchSize]:
+    """Those of ``sizes`` whose products take notably less time than those of the next, as measured by all ranks."""
+    layers = plan.shape.layers
+    seconds = {each: plan.ranks.mean(product_seconds(model, sizes, layers, each)) for each in LIBRARIES}
+    return worth_capturing(sizes, seconds)
+
+
+def assemble(plan: PoolPlan, forward: ModelForward, operator: AttentionOperator, pages: int) -> WorkerCore:
     """The parts of a worker over a pool of this many pages."""
     settings, shape = plan.settings, plan.shape
     ops = KernelCacheOps(plan.pool(pages, mirrored=True), shape.query_heads)
@@ -97,7 +103,7 @@ def _keep_compiled_code(folder: str | None) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
 
 
-def _measure(plan: PoolPlan, forward: Forward, operator: AttentionOperator, chunk: int) -> SetAside:
+def _measure(plan: PoolPlan, forward: ModelForward, operator: AttentionOperator, chunk: int) -> SetAside:
     """What a worker over a small pool needs beside it. Nothing of that worker is left."""
     core = assemble(plan, forward, operator, trial_pages(plan, chunk))
     aside = set_aside(core, plan, chunk)

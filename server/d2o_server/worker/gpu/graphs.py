@@ -15,7 +15,8 @@ from d2o.kernels.decode_plan import MOST_AT_ONCE
 from d2o_server.worker.gpu.batch_sizes import BatchSize, multiplying_by
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.device import upload
-from d2o_server.worker.gpu.model import Forward, Logits
+from d2o_server.worker.gpu.lent import lent
+from d2o_server.worker.gpu.model import Logits, ModelForward
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.step import DecodePart, KernelStep
 
@@ -55,22 +56,6 @@ class _Captured:
     result: Logits
 
 
-class _Lent:
-    """A tensor's memory without a hold on it, in the form that ``torch.as_tensor`` takes over as it is."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        place = (tensor.data_ptr(), False)
-        words = f"<i{tensor.element_size()}"
-        self.__cuda_array_interface__ = {"shape": tuple(tensor.shape), "typestr": words, "data": place, "version": 3}
-
-
-def _lent(tensor: Tensor) -> Tensor:
-    """The same memory, which others may get once ``tensor`` is gone: a captured graph writes to it all the same."""
-    if not tensor.is_cuda or not tensor.is_contiguous():
-        return tensor
-    return torch.as_tensor(_Lent(tensor), device=tensor.device).view(tensor.dtype)
-
-
 class DecodeGraphs:
     """Runs decode steps, replaying a graph where one was captured.
 
@@ -80,7 +65,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: ModelForward,
         operator: AttentionOperator,
         ops: KernelCacheOps,
         workspace: DecodeWorkspace,
@@ -98,10 +83,11 @@ class DecodeGraphs:
         self._fill_with_padding(size)
         self._run(size, scored=True)
 
-    def capture(self, sizes: list[BatchSize], progress: Callable[[str], None]) -> None:
+    def capture(self, sizes: list[BatchSize], progress: Callable[[str], None]) -> Any:
         """Captures graphs for these batch sizes, with and without scores; the memory of the largest serves all.
 
         Their logits, too, stand where the others' steps work: they hold until the next replay of any graph.
+        Returns the memory, for others to be captured in.
         """
         pool = None
         for size in sorted(sizes, key=lambda size: size.rows, reverse=True):
@@ -112,6 +98,7 @@ class DecodeGraphs:
                 pool = captured.graph.pool()
                 self._captured[size.rows, scored] = captured
         self._sizes = sorted(size.rows for size in sizes)
+        return pool
 
     def _capture(self, size: int, scored: bool, pool: Any) -> _Captured:
         self._fill_with_padding(size)
@@ -121,7 +108,7 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             result = self._run(size, scored)
-        return _Captured(graph, replace(result, logits=_lent(result.logits)))
+        return _Captured(graph, replace(result, logits=lent(result.logits)))
 
     def _fill_with_padding(self, size: int) -> None:
         nobody = torch.empty(0, dtype=torch.int32)

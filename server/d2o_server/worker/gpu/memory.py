@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 
@@ -10,6 +12,7 @@ from d2o.config import D2OConfig
 from d2o.kernels.prefill import cudnn_takes_groups
 from d2o_server.errors import SettingsError, StartupError
 from d2o_server.worker.core import WorkerCore
+from d2o_server.worker.gpu.body_graphs import body_sizes
 from d2o_server.worker.gpu.runner import KernelRunner
 from d2o_server.worker.pool_plan import PoolPlan
 from d2o_server.worker.warm_up import Trial, try_together
@@ -26,7 +29,7 @@ class SetAside:
     """Bytes of a GPU that the page pool cannot have.
 
     ``others`` is held outside of PyTorch, by other processes too; ``model`` has the weights and all that is made once
-    beside the pool; ``graphs`` serve captured decode steps; ``step`` is what the largest step takes while it runs;
+    beside the pool; ``graphs`` serve captured steps; ``step`` is what the largest step takes while it runs;
     ``prompts`` are column sums and one layer's context of the longest prompts that are read at once.
     """
 
@@ -70,12 +73,9 @@ def set_aside(core: WorkerCore, plan: PoolPlan, chunk: int) -> SetAside:
     step = _taken_since(made) * (chunk + most) // sum(trial.prompt for trial in trials)
     graphs = 0
     if plan.settings.graphs and isinstance(runner, KernelRunner):
-        # What is met for the first time is compiled and tuned: that is over in the second step.
-        for _ in range(2):
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            runner.rehearse(most)
-        graphs = int(_taken_since(before) * _GRAPHS_SHARE) + _GRAPHS_BYTES
+        tokens = body_sizes(chunk + most)[-1]
+        taken = _taken_by(partial(runner.rehearse, most)) + _taken_by(partial(runner.rehearse_body, tokens))
+        graphs = int(taken * _GRAPHS_SHARE) + _GRAPHS_BYTES
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(plan.device)
     return SetAside(
@@ -117,6 +117,15 @@ def hold_ready(aside: SetAside, device: torch.device) -> None:
     Steps of ever more tokens would otherwise ask the driver for a little larger blocks each time, and keep them all.
     """
     torch.empty(aside.passing, dtype=torch.uint8, device=device)
+
+
+def _taken_by(step: Callable[[], None]) -> int:
+    """Bytes at the peak of a step that runs again: what is met for the first time is compiled and tuned."""
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+    return _taken_since(before)
 
 
 def _taken_since(before: int) -> int:

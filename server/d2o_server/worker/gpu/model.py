@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from d2o_server.worker.gpu.operator import OperatorStep
 from d2o_server.worker.hf_attention import LAYER_NUMBER
 
 Compiler = Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., Any]]
-Forward = Callable[[Tensor, Tensor, Tensor, OperatorStep], "Logits"]
 
 # One launch rotates queries and keys: 0.7 % of a decode step (H200, 8 layers of Llama-3.1-8B's, 64 to 256 sequences).
 _INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {"combo_kernels": True}
@@ -100,31 +100,61 @@ class Logits:
         return Logits(self.logits[:rows], self.best_ids[:rows], self.best[:rows])
 
 
-def forward_of(model: nn.Module, layers: int, *, compiled: bool, backend: str | Compiler = "inductor") -> Forward:
+class Body:
+    """A causal model without its last projection: where what runs in its place can be put.
+
+    Attributes:
+        around: called instead, with the call that it stands for; returns what that would. None: nothing is.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self._run: Callable[..., Any] = base.forward
+        self.around: Callable[[Callable[[], Any]], Any] | None = None
+        base.forward = self
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        call = partial(self._run, *arguments, **named)
+        return call() if self.around is None else self.around(call)
+
+
+class ModelForward:
     """The model as a function of input_ids [1, tokens], position_ids [1, tokens], rows to keep [n] and the step.
+
+    Attributes:
+        body: of models that have one apart from their last projection.
+    """
+
+    def __init__(self, model: nn.Module, choose: Callable[[Tensor], tuple[Tensor, Tensor]], *, tuned: bool) -> None:
+        base = getattr(model, "base_model", model)
+        self._model, self._choose, self._tuned = model, choose, tuned
+        self.body = None if base is model else Body(base)
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, keep: Tensor, step: OperatorStep) -> Logits:
+        out = self._model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, step=step
+        )
+        logits: Tensor = out.logits[0]
+        if not self._tuned:
+            # Code is tuned on what it first meets: on a prompt's two rows it once became 14 times slower for 256.
+            self._choose(logits[:1].repeat(_TYPICAL_ROWS, 1))
+            self._tuned = True
+        return Logits(logits, *self._choose(logits))
+
+
+def forward_of(model: nn.Module, layers: int, *, compiled: bool, backend: str | Compiler = "inductor") -> ModelForward:
+    """The model to run, compiled or not.
 
     Compiled (by torch's ``backend``), its ``layers`` blocks share one form, or one for each kind of layer, which serves
     all numbers of tokens but 1: so a start takes seconds, and loses only what could be fused across blocks.
     """
-    choose, tuned = _best, True
     _number_layers(model)
-    if compiled:
-        options = _INDUCTOR if backend == "inductor" else None
-        for block in _blocks(model, layers):
-            block.compile(fullgraph=True, dynamic=True, backend=backend, options=options)
-        choose, tuned = torch.compile(_best, fullgraph=True, dynamic=True, backend=backend, options=options), False
-
-    def forward(input_ids: Tensor, position_ids: Tensor, keep: Tensor, step: OperatorStep) -> Logits:
-        nonlocal tuned
-        out = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, step=step)
-        logits: Tensor = out.logits[0]
-        if not tuned:
-            # Code is tuned on what it first meets: on a prompt's two rows it once became 14 times slower for 256.
-            choose(logits[:1].repeat(_TYPICAL_ROWS, 1))
-            tuned = True
-        return Logits(logits, *choose(logits))
-
-    return forward
+    if not compiled:
+        return ModelForward(model, _best, tuned=True)
+    options = _INDUCTOR if backend == "inductor" else None
+    for block in _blocks(model, layers):
+        block.compile(fullgraph=True, dynamic=True, backend=backend, options=options)
+    choose = torch.compile(_best, fullgraph=True, dynamic=True, backend=backend, options=options)
+    return ModelForward(model, choose, tuned=False)
 
 
 def _number_layers(model: nn.Module) -> None:

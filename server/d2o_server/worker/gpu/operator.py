@@ -6,13 +6,18 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from d2o.attention import AttentionRule
-from d2o_server.worker.gpu.step import KernelStep
+
+
+class Attends(Protocol):
+    """What the operator asks for attention: :class:`d2o_server.worker.gpu.step.KernelStep`."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class AttentionOperator:
     _numbers = itertools.count()
 
     def __init__(self) -> None:
-        self._current: KernelStep | None = None
+        self._current: Attends | None = None
 
         def attend(
             query: Tensor,
@@ -76,7 +81,7 @@ class AttentionOperator:
         self.step = OperatorStep(operator)
 
     @contextmanager
-    def running(self, step: KernelStep) -> Iterator[None]:
+    def running(self, step: Attends) -> Iterator[None]:
         """Makes ``step`` the current one."""
         self._current = step
         try:

@@ -16,11 +16,12 @@ from d2o_server.engine.sequence import Sequence
 from d2o_server.errors import ServerError
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.gpu.batch_sizes import BatchSize
+from d2o_server.worker.gpu.body_graphs import BodyGraphs
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.device import Download, upload
 from d2o_server.worker.gpu.draws import draw_rows
 from d2o_server.worker.gpu.graphs import DecodeGraphs, workspace_for
-from d2o_server.worker.gpu.model import Forward, Logits
+from d2o_server.worker.gpu.model import Logits, ModelForward
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.prompts import Chunk, PrefillPart
 from d2o_server.worker.gpu.step import DecodePart, KernelStep
@@ -78,7 +79,7 @@ class KernelRunner(Runner):
 
     def __init__(
         self,
-        forward: Forward,
+        forward: ModelForward,
         operator: AttentionOperator,
         caches: CacheManager,
         ops: KernelCacheOps,
@@ -91,16 +92,22 @@ class KernelRunner(Runner):
         self._workspace = workspace_for(ops, caches.query_heads, max(2, max_sequences))
         self._last_token = torch.zeros(caches.pool.used.shape[1], dtype=torch.int64, device=caches.pool.device)
         self._graphs = DecodeGraphs(forward, operator, ops, self._workspace, self._last_token, max_sequences)
+        self._bodies = BodyGraphs(forward, operator, caches.pool.device)
 
     @torch.inference_mode()
-    def capture(self, sizes: list[BatchSize], progress: Callable[[str], None]) -> None:
-        """Captures decode steps of these batch sizes in CUDA graphs."""
-        self._graphs.capture(sizes, progress)
+    def capture(self, sizes: list[BatchSize], tokens: list[BatchSize], progress: Callable[[str], None]) -> None:
+        """Captures decode steps of these batch sizes in CUDA graphs, and what steps of so many tokens share."""
+        self._bodies.capture(tokens, self._graphs.capture(sizes, progress), progress)
 
     @torch.inference_mode()
     def rehearse(self, most: int) -> None:
         """Runs the decode step of the largest batch as it is captured, over padding."""
         self._graphs.rehearse(max(2, most))
+
+    @torch.inference_mode()
+    def rehearse_body(self, tokens: int) -> None:
+        """Runs what is captured of a step of so many tokens."""
+        self._bodies.rehearse(tokens)
 
     @property
     def depth(self) -> int:
@@ -127,7 +134,7 @@ class KernelRunner(Runner):
         return any(self.running[sequence.id].cache.config.enabled for sequence in plan.decode)
 
     def _eager(self, plan: StepPlan, rows: Tensor, prompt_rows: Tensor, starts: Tensor, scored: set[int]) -> Logits:
-        """The step without a graph. Its first tokens are the decoding sequences' newest."""
+        """The step without a graph of its own. Its first tokens are the decoding sequences' newest."""
         device = self.caches.pool.device
         # A step of one token would be compiled for itself: a padding sequence makes it two.
         padding = int(rows.numel() + sum(part.count for part in plan.prefill) == 1)
@@ -147,8 +154,11 @@ class KernelRunner(Runner):
         step = KernelStep(self._ops.paged, self._ops.table, decode, prefill)
         # For the same reason two rows of logits are always asked for.
         asked = upload(torch.tensor(keep + [0] * (2 - len(keep))), device)
-        with self._operator.running(step):
-            result = self._forward(torch.cat(ids)[None], torch.cat(positions).long()[None], asked, self._operator.step)
+        all_ids, all_positions = torch.cat(ids), torch.cat(positions).long()
+        result = self._bodies.run(all_ids, all_positions, asked, step)
+        if result is None:
+            with self._operator.running(step):
+                result = self._forward(all_ids[None], all_positions[None], asked, self._operator.step)
         return result.first(len(keep))
 
     def _decode_part(self, plan: StepPlan, rows: Tensor, padding: int, scored: set[int]) -> DecodePart:

@@ -51,21 +51,23 @@ class KernelStep:
     decode: DecodePart | None
     prefill: PrefillPart | None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
-        """Attention of [heads, tokens, head_dim]; [tokens, heads, head_dim]."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, out: Tensor | None = None
+    ) -> Tensor:
+        """Attention of [heads, tokens, head_dim]; [tokens, heads, head_dim], in ``out`` if that is given."""
         part = self.prefill
         if part is None:
-            return self._decode(layer, q, k, v, rule)
+            return _into(out, self._decode(layer, q, k, v, rule))
         batches = part.batched(rule, q.dtype, q.shape[-1])
-        out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
-        first = 0
-        if self.decode is not None:
-            first = self.decode.batch
-            out[:first] = self._decode(layer, q[:, :first], k[:, :first], v[:, :first], rule)
+        first = 0 if self.decode is None else self.decode.batch
         new = (k[:, first:], v[:, first:])
         store_tokens(*new, self.paged, self.table, part.rows, part.slots, part.positions, layer, clear_tail=False)
-        if self.decode is None and len(batches) == 1:
-            return self._prefill(layer, batches[0], q, k, v, rule).contiguous()
+        if not first and len(batches) == 1:
+            return _into(out, self._prefill(layer, batches[0], q, k, v, rule))
+        if out is None:
+            out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
+        if first:
+            out[:first] = self._decode(layer, q[:, :first], k[:, :first], v[:, :first], rule)
         for batch in batches:
             tokens = batch.tokens
             out[tokens] = self._prefill(layer, batch, q[:, tokens], k[:, tokens], v[:, tokens], rule)
@@ -131,3 +133,8 @@ class KernelStep:
                     q[:, part], keys, lse[:, part], target, start=chunk.start, scale=scale, softcap=softcap,
                     window=window,
                 )  # fmt: skip
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    """The result, contiguous: in ``out`` if that is given."""
+    return result.contiguous() if out is None else out.copy_(result)
