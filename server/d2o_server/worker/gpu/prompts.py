@@ -15,6 +15,9 @@ from d2o_server.worker.gpu.device import upload
 
 # Up to here the kernel for prompts side by side is as quick for one alone, and is launched in less of the host's time.
 _PACKED_ALONE = 2048
+# Up to here several prompts stand side by side although cuDNN is a little quicker for each: launched one by one they
+# fill the device's queue, and the host is held there while the step before has tokens to tell.
+_PACKED_TOGETHER = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +109,12 @@ class PrefillPart:
 def _neighbours(
     chunks: tuple[Chunk, ...], dtype: torch.dtype, head_dim: int, rule: AttentionRule
 ) -> Iterator[list[Chunk]]:
-    """Chunks that torch's flash kernel can take side by side; every other chunk alone."""
+    """Chunks that torch's flash kernel takes side by side; every other chunk alone."""
     held: list[Chunk] = []
     for chunk in chunks:
-        packs = not chunk.start and choose_backend(dtype, head_dim, rule, chunk.count, 0) == "flash"
+        backend = choose_backend(dtype, head_dim, rule, chunk.count, 0)
+        short = chunk.count <= _PACKED_TOGETHER
+        packs = not chunk.start and (backend == "flash" or (backend == "cudnn" and short))
         if held and not packs:
             yield held
             held = []
