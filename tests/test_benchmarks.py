@@ -23,6 +23,7 @@ from benchmarks import (
     neighbour_cpu,
     plot,
     reserve_gpu,
+    short_prompts_gpu,
     step_limits_gpu,
     throughput,
 )
@@ -33,8 +34,11 @@ from benchmarks._prompts import make_prompts
 from benchmarks._server import Reply, check_complete, child_environment
 from benchmarks._serving import Window
 from d2o_client import CacheFacts, Compression, Finished, FinishReason, Started, Usage
+from d2o_server.engine.scheduler import StepPlan
 from d2o_server.settings import worker_settings
 from d2o_server.worker.build import build_worker
+from d2o_server.worker.runner import Launched, Scored
+from tests.server.worker.test_kernel_runner import KernelHarness
 
 ON_CPU = ("--server-flags", "--device cpu", "--client-processes", "2")
 TINY = ("--model", "random:tiny-llama", "--dtype", "float32", "--threads", "1")
@@ -377,6 +381,43 @@ def test_memory_is_counted_over_a_load_that_runs_to_its_end(monkeypatch: pytest.
         "reserved_growth_bytes": 5,
         "in_use_bytes": 70,
     }
+
+
+def test_streams_are_seen_to_wait_for_a_prompt_that_is_read_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = worker_settings(model="random:tiny-llama", device="cpu", dtype="float32", threads=1, num_pages=4000)
+    core = build_worker(settings, lambda _: None).core
+    launch, slow = core.runner.launch, 0.2
+
+    def read_slowly(plan: StepPlan, scored: Scored) -> Launched:
+        if plan.prefill:
+            time.sleep(slow)
+        return launch(plan, scored)
+
+    config = short_prompts_gpu.CONFIGS["d2o"]
+    with short_prompts_gpu._decoding(core, 3, 20, config):
+        assert core.pool_state().running == 3
+        monkeypatch.setattr(core.runner, "launch", read_slowly)
+        assert short_prompts_gpu._gap(core, steps=5) < 1000 * slow
+        assert short_prompts_gpu._step_beside(core, 12, config) >= 1000 * slow
+    assert not core
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert short_prompts_gpu._first(core, 12, config) >= 1000 * slow
+    assert core.pool_state().used == 0
+
+
+def test_what_is_timed_in_turn_has_graphs_and_then_none() -> None:
+    core = KernelHarness().core
+    bodies = short_prompts_gpu._bodies(core)
+    bodies._sizes = [128]
+    seen: list[list[int]] = []
+
+    def measure() -> float:
+        seen.append(bodies._sizes)
+        return float(len(seen))
+
+    found = short_prompts_gpu._in_turn(core, measure, repeats=3)
+    assert seen == [[128], []] * (short_prompts_gpu._WARM_UP + 3)
+    assert found == {"graphs_ms": 9.0, "launched_ms": 10.0}
 
 
 def test_first_and_second_tokens_are_timed_with_and_without_compression(tmp_path: Path, story: Path) -> None:

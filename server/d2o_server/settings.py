@@ -360,7 +360,7 @@ def _device_flags(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory-utilization", type=float, default=0.95, help="GPU: share of its memory for model and page pool"
     )
     switch = argparse.BooleanOptionalAction
-    device.add_argument("--graphs", action=switch, default=True, help="GPU: capture decode steps in CUDA graphs")
+    device.add_argument("--graphs", action=switch, default=True, help="GPU: capture steps in CUDA graphs")
     device.add_argument("--compile", action=switch, default=True, help="GPU: compile the model with torch.compile")
     device.add_argument(
         "--compile-cache", type=Path, help="GPU: folder of compiled code; default: ~/.cache/d2o-serve/compile"
