@@ -170,7 +170,7 @@ def time_steps(core: WorkerCore, *, steps: int, warm_up: int = 8) -> Steps:
         began = time.perf_counter()
         plan = core.scheduler.plan()
         launched = core.runner.launch(plan, Scored())
-        core.runner.compress(plan, launched)
+        core.runner.compress(plan)
         core.scheduler.launched(plan)
         host += time.perf_counter() - began
         core._under_way.append(launched)

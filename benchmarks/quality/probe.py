@@ -211,7 +211,8 @@ class Probe:
         tokens = len(parent.prompt) - 1
         for start in range(0, tokens, _CHUNK):
             plan = StepPlan((), (PrefillSlice(parent, start, min(_CHUNK, tokens - start)),))
-            self.runner.compress(plan, self.runner.launch(plan, Scored()))
+            self.runner.launch(plan, Scored())
+            self.runner.compress(plan)
 
     def _sequence(self, name: str, prompt: tuple[int, ...], known: tuple[int, ...], config: D2OConfig) -> Sequence:
         reservation = reserve(self.core.shape, config, len(prompt), len(known))

@@ -190,7 +190,8 @@ class WorkerCore:
         if waits and self._under_way:
             self._finish(0)
             self._tell(early)
-        self._read = self.runner.compress(plan, launched)
+        self._read, settled = self.runner.compress(plan)
+        self._apply(settled)
         for sequence in self._read:
             sequence.compressing = True
         self._under_way.append(launched)

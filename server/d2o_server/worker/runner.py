@@ -57,20 +57,9 @@ class StepOutcome:
     settled: list[tuple[Sequence, int]] = field(default_factory=list)
     failed: list[tuple[Sequence, ServerError]] = field(default_factory=list)
 
-    def fail(self, sequence: Sequence, error: ServerError) -> None:
-        """Fails a sequence, whose new token is void."""
-        self.sampled = [sampled for sampled in self.sampled if sampled.sequence is not sequence]
-        self.failed.append((sequence, error))
-
 
 class Launched(Protocol):
-    """A step on its way. What :meth:`Runner.compress` settles or fails is added to it after the launch."""
-
-    @property
-    def settled(self) -> list[tuple[Sequence, int]]: ...
-
-    @property
-    def failed(self) -> list[tuple[Sequence, ServerError]]: ...
+    """A step on its way."""
 
     def wait(self) -> StepOutcome:
         """What the step did, once it has ended."""
@@ -82,14 +71,6 @@ class Ended:
     """A step that had ended when it was launched: on a CPU."""
 
     outcome: StepOutcome
-
-    @property
-    def settled(self) -> list[tuple[Sequence, int]]:
-        return self.outcome.settled
-
-    @property
-    def failed(self) -> list[tuple[Sequence, ServerError]]:
-        return self.outcome.failed
 
     def wait(self) -> StepOutcome:
         return self.outcome
@@ -176,14 +157,14 @@ class Runner(ABC):
         return self.caches.must_wait()
 
     @torch.inference_mode()
-    def compress(self, plan: StepPlan, launched: Launched) -> list[Sequence]:
-        """Evicts what is due after a step; adds what it settles or fails to ``launched``.
+    def compress(self, plan: StepPlan) -> tuple[list[Sequence], StepOutcome]:
+        """Evicts what is due after a step that was launched.
 
         Returns those whose prompts the step reads to their end and which :meth:`compress_prompts` must follow for,
-        before they decode: it waits for the step, and another may be launched first.
+        before they decode: it waits for the step, and another may be launched first. And what is settled of the others.
         """
-        failed = {sequence.id for sequence, _ in launched.failed}
-        read = [part.sequence for part in plan.prefill if part.last and part.sequence.id not in failed]
+        outcome = StepOutcome()
+        read = [part.sequence for part in plan.prefill if part.last]
         try:
             self.caches.hear_prompts([self.running[sequence.id].cache for sequence in read])
         except Exception as error:
@@ -191,9 +172,9 @@ class Runner(ABC):
             if not is_out_of_memory(error):
                 raise
         compressed = [sequence for sequence in read if self.caches.compresses(self.running[sequence.id].cache)]
-        self._finish_prompts([sequence for sequence in read if sequence not in compressed], launched)
+        self._finish_prompts([sequence for sequence in read if sequence not in compressed], outcome)
         self.caches.evict_due()
-        return compressed
+        return compressed, outcome
 
     @torch.inference_mode()
     def compress_prompts(self, sequences: list[Sequence]) -> StepOutcome:
@@ -202,7 +183,7 @@ class Runner(ABC):
         self._finish_prompts(sequences, outcome)
         return outcome
 
-    def _finish_prompts(self, sequences: list[Sequence], into: Launched | StepOutcome) -> None:
+    def _finish_prompts(self, sequences: list[Sequence], into: StepOutcome) -> None:
         for sequence in sequences:
             try:
                 into.settled.append((sequence, self.caches.finish_prompt(self.running[sequence.id].cache)))

@@ -12,7 +12,7 @@ from d2o_server.engine.sequence import Sequence
 from d2o_server.worker.cache_ops import Fetched, TorchCacheOps
 from d2o_server.worker.cache_state import Heard
 from d2o_server.worker.caches import CacheManager
-from d2o_server.worker.runner import Launched
+from d2o_server.worker.runner import StepOutcome
 from tests.server.worker.conftest import NONE, PAGE, Harness, generate, random_prompts, served_model
 
 SMALL = D2OConfig(min_budget=1, ratio=0.3)
@@ -206,10 +206,10 @@ def test_only_budgets_make_the_host_wait(config: D2OConfig, waits: bool, monkeyp
     runner, seen = harness.core.runner, []
     compress = runner.compress
 
-    def note(plan: StepPlan, launched: Launched) -> list[Sequence]:
+    def note(plan: StepPlan) -> tuple[list[Sequence], StepOutcome]:
         due = bool((harness.pool.used >= runner.caches.limit).any())
         seen.append((due, runner.compression_waits()))
-        return compress(plan, launched)
+        return compress(plan)
 
     monkeypatch.setattr(runner, "compress", note)
     harness.run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from d2o.kernels.decode import DecodeGrid, plan_decode
 from d2o.ragged import ragged_indices
 from d2o_server.engine.scheduler import PrefillSlice, StepPlan
 from d2o_server.engine.sequence import Sequence
-from d2o_server.errors import ServerError
 from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.gpu.batch_sizes import BatchSize
 from d2o_server.worker.gpu.body_graphs import BodyGraphs
@@ -35,11 +34,9 @@ class UnderWay:
 
     sequences: list[Sequence]
     tokens: Download | None
-    settled: list[tuple[Sequence, int]] = field(default_factory=list)
-    failed: list[tuple[Sequence, ServerError]] = field(default_factory=list)
 
     def wait(self) -> StepOutcome:
-        outcome = StepOutcome(settled=self.settled)
+        outcome = StepOutcome()
         if self.tokens is not None:
             ids, best = self.tokens.wait()
             numbers = zip(self.sequences, ids.tolist(), best.float().tolist(), strict=True)
@@ -48,8 +45,6 @@ class UnderWay:
                     outcome.sampled.append(Sampled(sequence, token, None))
                 else:
                     outcome.failed.append((sequence, no_numbers(row, logit)))
-        for sequence, error in self.failed:
-            outcome.fail(sequence, error)
         return outcome
 
 
@@ -59,18 +54,14 @@ class Known:
 
     sequences: list[Sequence]
     batch: SampledBatch
-    settled: list[tuple[Sequence, int]] = field(default_factory=list)
-    failed: list[tuple[Sequence, ServerError]] = field(default_factory=list)
 
     def wait(self) -> StepOutcome:
-        outcome = StepOutcome(settled=self.settled)
+        outcome = StepOutcome()
         for row, sequence in enumerate(self.sequences):
             if row in self.batch.failures:
                 outcome.failed.append((sequence, self.batch.failures[row]))
             else:
                 outcome.sampled.append(Sampled(sequence, self.batch.token_ids[row], self.batch.logprobs[row]))
-        for sequence, error in self.failed:
-            outcome.fail(sequence, error)
         return outcome
 
 
