@@ -136,8 +136,9 @@ def test_each_batch_size_is_captured_with_its_library(monkeypatch: pytest.Monkey
     assert isinstance(runner, KernelRunner)
     monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", prefer)
     monkeypatch.setattr(runner._graphs, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
     monkeypatch.setattr(
-        runner._bodies, "_capture", lambda size, pool: captured.append((size, False, preferred[-1], pool))
+        runner._bodies, "_capture", lambda size, pool, _: captured.append((size, False, preferred[-1], pool))
     )
     runner.capture([BatchSize(2), BatchSize(8, "cublaslt")], [BatchSize(32), BatchSize(64, "cublaslt")], lambda _: None)
     # The largest first, whose memory serves all.

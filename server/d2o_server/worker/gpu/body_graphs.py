@@ -117,30 +117,30 @@ class BodyGraphs:
         """
         if self._forward.body is None:
             return
+        # One for all: each stream that multiplies has workspaces of its own.
+        stream = torch.cuda.Stream(self._ids.device)
         for size in reversed(sizes):
             progress(f"capturing steps of {size.rows} tokens that read prompts")
             with multiplying_by(size.library):
-                self._captured[size.rows] = self._capture(size.rows, pool)
+                self._captured[size.rows] = self._capture(size.rows, pool, stream)
         self._sizes = sorted(self._captured)
 
-    def _capture(self, size: int, pool: Any) -> _Captured:
-        stream = torch.cuda.Stream(self._ids.device)
-        stream.wait_stream(torch.cuda.current_stream())
+    def _capture(self, size: int, pool: Any, stream: torch.cuda.Stream) -> _Captured:
+        # Not on the stream that captures: what it took for this would be lost to all others.
+        for _ in range(_WARM_UP_RUNS):
+            self.rehearse(size)
+        torch.cuda.synchronize()
         captured = _Captured(pool)
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_RUNS):
-                self.rehearse(size)
-            torch.cuda.synchronize()
 
-            def record(body: Callable[[], Any]) -> Any:
-                captured.begin()
-                output = body()
-                captured.graphs[-1].capture_end()
-                captured.output = type(output)(last_hidden_state=lent(output.last_hidden_state))
-                return output
+        def record(body: Callable[[], Any]) -> Any:
+            captured.begin()
+            output = body()
+            captured.graphs[-1].capture_end()
+            captured.output = type(output)(last_hidden_state=lent(output.last_hidden_state))
+            return output
 
-            with self._operator.running(captured), self._instead(record):
-                self._run(size)
+        with torch.cuda.stream(stream), self._operator.running(captured), self._instead(record):
+            self._run(size)
         torch.cuda.current_stream().wait_stream(stream)
         return captured
 

@@ -17,9 +17,9 @@ from d2o_server.worker.caches import CacheManager
 from d2o_server.worker.gpu.batch_sizes import BatchSize
 from d2o_server.worker.gpu.body_graphs import BodyGraphs
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
+from d2o_server.worker.gpu.decode_graphs import DecodeGraphs, workspace_for
 from d2o_server.worker.gpu.device import Download, upload
 from d2o_server.worker.gpu.draws import draw_rows
-from d2o_server.worker.gpu.graphs import DecodeGraphs, workspace_for
 from d2o_server.worker.gpu.model import Logits, ModelForward
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.prompts import Chunk, PrefillPart
