@@ -38,7 +38,7 @@ from d2o_server.engine.scheduler import StepPlan
 from d2o_server.settings import worker_settings
 from d2o_server.worker.build import build_worker
 from d2o_server.worker.runner import Launched, Scored
-from tests.server.worker.test_kernel_runner import KernelHarness
+from tests.server.worker.kernel_harness import KernelHarness
 
 ON_CPU = ("--server-flags", "--device cpu", "--client-processes", "2")
 TINY = ("--model", "random:tiny-llama", "--dtype", "float32", "--threads", "1")

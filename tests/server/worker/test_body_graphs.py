@@ -20,7 +20,7 @@ from d2o_server.worker.gpu.body_graphs import body_sizes
 from d2o_server.worker.gpu.model import Body
 from d2o_server.worker.gpu.runner import KernelRunner
 from tests.server.worker.conftest import NONE, Harness, random_prompts, served_model
-from tests.server.worker.test_kernel_runner import KernelHarness, answers, assert_alike
+from tests.server.worker.kernel_harness import KernelHarness, answers, assert_alike
 
 SIZES = [BatchSize(16), BatchSize(40)]
 POLICIES = {"none": NONE, "default": D2OConfig(min_budget=1, ratio=0.3, evict_interval=3)}

@@ -16,8 +16,8 @@ from d2o.config import D2OConfig, LayerBudgets, Policy, ScoreQueries
 from d2o_server.errors import StartupError
 from d2o_server.worker.gpu.trials import run_trials
 from tests.server.worker.conftest import NONE, random_prompts
+from tests.server.worker.kernel_harness import KernelHarness
 from tests.server.worker.test_failures import failing_forward, memory_once
-from tests.server.worker.test_kernel_runner import KernelHarness
 
 # More than a trial's prompt has, and than there are trials.
 CHUNK, SEQUENCES = 256, 40
