@@ -2,8 +2,9 @@
 
 A worker in this process. A prompt alone, and prompts that come one after another while others decode; the full cache
 and D2O at ratio 0.2. Each is timed with steps that read prompts replaying their graphs and with all kernels launched
-one by one, in turn. Writes ``short_prompts_gpu.json``: seconds to the first token of a prompt alone; of the steps that
-read a prompt beside decoding sequences, milliseconds from token to token.
+one by one, in turn. Writes ``short_prompts_gpu.json``: milliseconds to the first token of a prompt alone, and the
+longest that streams wait for a token while one is read beside them; with ``floor_ms``, the time to read the model's
+weights or to multiply a step's tokens by them, whichever is longer at the rates measured in the same run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ import torch
 from d2o.config import D2OConfig, Policy
 
 if TYPE_CHECKING:
+    from benchmarks._floor import Work
+    from benchmarks._gpu import Ceilings
     from d2o_server.worker.core import WorkerCore
 
 CONFIGS = {"none": D2OConfig(policy=Policy.NONE), "d2o": D2OConfig(ratio=0.2, min_budget=64)}
@@ -42,11 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("short_prompts_gpu: torch sees no GPU here; nothing was measured")
         return
     from benchmarks import _engine, _gpu
+    from benchmarks._floor import Work
     from d2o_server.settings import worker_settings
 
+    ceilings = _gpu.Ceilings.measure()
     core = _engine.start(worker_settings(model=options.model, max_sequences=max(256, options.streams))).core
+    work = Work.of(options.model, torch.bfloat16)
     alone = [
-        {"policy": policy, "prompt_tokens": tokens}
+        {"policy": policy, "prompt_tokens": tokens, "floor_ms": floor_ms(work, ceilings, tokens)}
         | _in_turn(core, lambda c=config, n=tokens: _first(core, n, c), options.repeats)
         for policy, config in CONFIGS.items()
         for tokens in options.prompts
@@ -57,10 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             beside.append({"policy": policy, "streams": options.streams, "prompt_tokens": 0, "ms": _gap(core)})
             for tokens in options.beside:
                 row = _in_turn(core, lambda c=config, n=tokens: _step_beside(core, n, c), options.repeats)
-                beside.append({"policy": policy, "streams": options.streams, "prompt_tokens": tokens} | row)
+                floor = floor_ms(work, ceilings, options.streams + tokens)
+                shape = {"policy": policy, "streams": options.streams, "prompt_tokens": tokens, "floor_ms": floor}
+                beside.append(shape | row)
     for row in (*alone, *beside):
         print(row)
     result = {
+        "ceilings": asdict(ceilings),
         "model": options.model,
         "held": options.held,
         "sizes": _bodies(core)._sizes,
@@ -68,6 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "beside_decoding": beside,
     }
     print(_gpu.write_result(options.out, "short_prompts_gpu", result))
+
+
+def floor_ms(work: Work, ceilings: Ceilings, tokens: int) -> float:
+    """Of a step of so many tokens: the weights read, or the blocks' multiplied by its tokens. Attention is nothing."""
+    reading = (work.parameters + work.head_parameters) * work.element_bytes / ceilings.read_tb_s
+    return max(reading, 2 * work.parameters * tokens / ceilings.matrix_bf16_tflop_s) / 1e9
 
 
 def _bodies(core: WorkerCore) -> Any:

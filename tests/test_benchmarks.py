@@ -27,6 +27,8 @@ from benchmarks import (
     step_limits_gpu,
     throughput,
 )
+from benchmarks._floor import Work
+from benchmarks._gpu import Ceilings
 from benchmarks._load import Load, Outcome
 from benchmarks._machine import Machine
 from benchmarks._pool import cache_shape, most_at_once, pool_pages
@@ -403,6 +405,15 @@ def test_streams_are_seen_to_wait_for_a_prompt_that_is_read_beside_them(monkeypa
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert short_prompts_gpu._first(core, 12, config) >= 1000 * slow
     assert core.pool_state().used == 0
+
+
+def test_a_step_takes_as_long_as_its_weights_or_its_products() -> None:
+    gpu = Ceilings(copy_tb_s=4.0, read_tb_s=4.0, matrix_bf16_tflop_s=800.0)
+    work = Work(
+        windows=(None,), parameters=7 * 10**9, head_parameters=10**9, pair_operations=1, slot_bytes=1, element_bytes=2
+    )
+    assert short_prompts_gpu.floor_ms(work, gpu, 10) == pytest.approx(4.0)
+    assert short_prompts_gpu.floor_ms(work, gpu, 800) == pytest.approx(14.0)
 
 
 def test_what_is_timed_in_turn_has_graphs_and_then_none() -> None:
