@@ -14,14 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from d2o.config import D2OConfig
+from d2o_server.models.describe import describe
+from d2o_server.models.presets import PRESETS
 from d2o_server.worker.gpu import body_graphs
 from d2o_server.worker.gpu.batch_sizes import BatchSize
 from d2o_server.worker.gpu.body_graphs import body_sizes
-from d2o_server.worker.gpu.model import Body
+from d2o_server.worker.gpu.model import Body, forward_of
+from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.runner import KernelRunner
-from tests.server.worker.conftest import NONE, Harness, random_prompts, served_model
+from tests.server.worker.conftest import NONE, Harness, load, random_prompts, served_model
 from tests.server.worker.kernel_harness import KernelHarness, answers, assert_alike
 
+TOKENS = 5
 SIZES = [BatchSize(16), BatchSize(40)]
 POLICIES = {"none": NONE, "default": D2OConfig(min_budget=1, ratio=0.3, evict_interval=3)}
 
@@ -153,6 +157,28 @@ def test_a_model_without_a_body_of_its_own_is_not_captured() -> None:
     runner._bodies._forward.body = None
     runner._bodies.capture(SIZES, None, lambda _: None)
     assert not runner._bodies._captured
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("tiny-")])
+def test_every_architecture_has_a_body_whose_hidden_states_are_all_that_its_head_takes(name: str) -> None:
+    model = load(name, "d2o")
+    forward = forward_of(model, describe(model.config).layers, compiled=False)
+    assert forward.body is not None
+    calls: list[int] = []
+
+    def hidden_states_only(body: Callable[[], Any]) -> Any:
+        output = body()
+        calls.append(output.last_hidden_state.shape[1])
+        return type(output)(last_hidden_state=output.last_hidden_state)
+
+    operator, ids, keep = AttentionOperator(), torch.arange(TOKENS)[None], torch.tensor([0, TOKENS - 1])
+    by_layer = SimpleNamespace(attend=lambda layer, q, *_: (q * (layer + 1)).transpose(0, 1).contiguous())
+    with torch.inference_mode(), operator.running(by_layer):
+        expected = forward(ids, ids, keep, operator.step)
+        forward.body.around = hidden_states_only
+        found = forward(ids, ids, keep, operator.step)
+    assert calls == [TOKENS]
+    torch.testing.assert_close(found.logits, expected.logits)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from d2o_server.engine.messages import Cancel, Stop
 from d2o_server.engine.sequence import Sequence
 from d2o_server.engine.types import FinishReason, SamplingParams
 from d2o_server.worker.runner import StepOutcome
-from tests.server.worker.conftest import NONE, VOCABULARY, Harness, generate, random_prompts
+from tests.server.worker.conftest import NONE, VOCABULARY, Harness, generate, random_prompts, served_model
 
 SMALL = D2OConfig(min_budget=1, ratio=0.3)
 
@@ -45,6 +45,19 @@ def test_a_cancel_frees_everything_within_a_step_whatever_ran(config: D2OConfig,
     assert harness.holds_nothing()
     assert harness.step().cancelled == (name,)
     assert not harness.core
+
+
+def test_what_a_prompt_needed_and_its_output_does_not_is_given_back_when_it_is_read() -> None:
+    """Uncompressed, of layers with a sliding window: they held the whole prompt."""
+    harness = Harness(served_model("tiny-gemma2"), chunk=64)
+    (prompt,) = random_prompts((120,))
+    name = harness.submit(prompt, new=3)
+    harness.step()
+    sequence = harness.core.scheduler.running[name]
+    assert harness.core.pool_state().reserved == sequence.reservation.pages > sequence.reservation.resident
+    harness.step()
+    assert harness.core.pool_state().reserved == sequence.reservation.resident
+    assert harness.run()[name].failure is None
 
 
 def test_a_cancel_leaves_the_neighbours_tokens_as_they_are() -> None:

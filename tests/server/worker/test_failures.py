@@ -298,9 +298,13 @@ def test_a_host_out_of_memory_is_told_like_a_device(error: BaseException) -> Non
     assert answers["0"].reason is FinishReason.LENGTH
 
 
-def test_out_of_memory_while_a_prompt_is_compressed_costs_that_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("config", "told"), [(SMALL, 1), (NONE, 0)])
+def test_out_of_memory_where_a_prompt_ends_costs_that_prompt(
+    monkeypatch: pytest.MonkeyPatch, config: D2OConfig, told: int
+) -> None:
+    """The first token of one that is compressed comes before; of one that is not it is void."""
     prompts = random_prompts((70, 90, 33))
-    expected = generate(prompts, SMALL)
+    expected = generate(prompts, config)
     finish = CacheManager.finish_prompt
 
     def short_of_memory(self: CacheManager, cache: Any) -> int:
@@ -311,12 +315,11 @@ def test_out_of_memory_while_a_prompt_is_compressed_costs_that_prompt(monkeypatc
     monkeypatch.setattr(CacheManager, "finish_prompt", short_of_memory)
     harness = Harness()
     for index, prompt in enumerate(prompts):
-        harness.submit(prompt, SMALL, seed=index)
+        harness.submit(prompt, config, seed=index)
     answers = harness.run()
     assert answers["1"].failure is not None
     assert answers["1"].failure.error == "OutOfDeviceMemory"
-    # Its first token came before.
-    assert answers["1"].tokens == expected[1].tokens[:1]
+    assert answers["1"].tokens == expected[1].tokens[:told]
     assert [answers[name].tokens for name in ("0", "2")] == [expected[0].tokens, expected[2].tokens]
 
 

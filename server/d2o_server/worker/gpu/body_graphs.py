@@ -117,7 +117,7 @@ class BodyGraphs:
         """
         if self._forward.body is None:
             return
-        # One for all: each stream that multiplies has workspaces of its own.
+        # One for all: a stream keeps what it has been given for its warm-ups, and workspaces to multiply in.
         stream = torch.cuda.Stream(self._ids.device)
         for size in reversed(sizes):
             progress(f"capturing steps of {size.rows} tokens that read prompts")
@@ -126,10 +126,6 @@ class BodyGraphs:
         self._sizes = sorted(self._captured)
 
     def _capture(self, size: int, pool: Any, stream: torch.cuda.Stream) -> _Captured:
-        # Not on the stream that captures: what it took for this would be lost to all others.
-        for _ in range(_WARM_UP_RUNS):
-            self.rehearse(size)
-        torch.cuda.synchronize()
         captured = _Captured(pool)
 
         def record(body: Callable[[], Any]) -> Any:
@@ -139,8 +135,13 @@ class BodyGraphs:
             captured.output = type(output)(last_hidden_state=lent(output.last_hidden_state))
             return output
 
-        with torch.cuda.stream(stream), self._operator.running(captured), self._instead(record):
-            self._run(size)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_RUNS):
+                self.rehearse(size)
+            torch.cuda.synchronize()
+            with self._operator.running(captured), self._instead(record):
+                self._run(size)
         torch.cuda.current_stream().wait_stream(stream)
         return captured
 
