@@ -17,6 +17,7 @@ from benchmarks import (
     baseline_cpu,
     concurrency,
     concurrency_gpu,
+    data_parallel,
     dtype_cpu,
     equal_pool,
     first_token,
@@ -225,6 +226,26 @@ def test_throughput_compares_every_workload_and_policy_with_vllm(tmp_path: Path)
         assert run["front_busy"] > 0
     # A budget of at least 1,024 covers 768 tokens.
     assert d2o["mean_ratio_reached"] == 1.0
+
+
+def test_two_workers_serve_twice_the_requests_of_one(tmp_path: Path) -> None:
+    size = ("--cells", "512+256:none", "--scale", "0.006", "--out", str(tmp_path))
+    data_parallel.main([*TINY, *size, "--server-flags", "--device cpu --prefill-tokens 512"])
+    result = json.loads((tmp_path / "data_parallel.json").read_text())
+    one, two = result["servers"]
+    assert (one["workers"], two["workers"]) == (1, 2)
+    assert two["settings"]["pool_bytes"] > 0
+    (alone,), (both,) = one["runs"], two["runs"]
+    assert (alone["requests"], both["requests"]) == (4, 8)
+    assert both["at_once"] == 8
+    ratio = both["output_tokens_per_second"] / alone["output_tokens_per_second"]
+    assert result["over_one"] == {"512+256:none": pytest.approx(ratio)}
+
+
+def test_one_worker_is_not_compared_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        data_parallel.main([*TINY, "--workers", "1"])
+    assert "argument --workers: got 1, must be at least 2" in capsys.readouterr().err
 
 
 def load(requests: int, seed: int = 0) -> Load:
