@@ -4,7 +4,8 @@ A worker in this process. A prompt alone, and prompts that come one after anothe
 and D2O at ratio 0.2. Each is timed with steps that read prompts replaying their graphs and with all kernels launched
 one by one, in turn. Writes ``short_prompts_gpu.json``: milliseconds to the first token of a prompt alone, and the
 longest that streams wait for a token while one is read beside them; with ``floor_ms``, the time to read the model's
-weights or to multiply a step's tokens by them, whichever is longer at the rates measured in the same run.
+weights or to multiply a step's tokens by them, whichever is longer at the rates measured in the same run. A wait can be
+shorter than its step's floor where the host, busy with launching the step, tells the tokens of the step before late.
 """
 
 from __future__ import annotations
