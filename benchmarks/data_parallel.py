@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _cli
-from benchmarks._serving import FULL_CACHE, Figures, Session, room_for
-from benchmarks.throughput import WORKLOADS
+from benchmarks._serving import Figures, Session, room_for
+from benchmarks.throughput import EVERY_CELL, WORKLOADS
 
 CELLS = ("8192+1024:d2o", "512+256:none")
-_EVERY_CELL = [(name, policy) for name in WORKLOADS for policy in ("none", "d2o")]
 _WARM_UP_EACH = 4
 
 Cell = tuple[str, str]
@@ -60,12 +59,7 @@ async def run(parsed: argparse.Namespace, cells: Sequence[Cell]) -> tuple[Path, 
         async with Session.open(parsed, "--data-parallel", str(workers), *room) as session:
             served.facts = session.facts(scale=parsed.scale)
             for name, policy in cells:
-                load = session.load(
-                    requests=requests[name],
-                    prompt_tokens=WORKLOADS[name].prompt_tokens,
-                    new_tokens=WORKLOADS[name].new_tokens,
-                    compression=WORKLOADS[name].d2o if policy == "d2o" else FULL_CACHE,
-                )
+                load = WORKLOADS[name].load(session, policy, requests[name])
                 await session.warm_up(load, _WARM_UP_EACH * workers)
                 figures = served.runs[name, policy] = await session.measure(load)
                 path = _cli.write_json(parsed.out, parsed.name, _report(servers))
@@ -98,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.workers < 2:
         parser.error(f"argument --workers: got {options.workers}, must be at least 2")
-    cells = _cli.cells(options.cells, _EVERY_CELL)
+    cells = _cli.cells(options.cells, EVERY_CELL)
     if _cli.lacks_gpu(options):
         return
     path, servers = asyncio.run(run(options, cells))

@@ -47,6 +47,15 @@ class Workload:
         """The number of requests at this scale."""
         return max(1, math.ceil(self.requests * scale))
 
+    def load(self, session: Session, policy: str, requests: int) -> Load:
+        """So many of its requests to the session's server, under ``none`` or ``d2o``."""
+        return session.load(
+            requests=requests,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            compression=self.d2o if policy == "d2o" else FULL_CACHE,
+        )
+
 
 WORKLOADS = {
     workload.name: workload
@@ -58,6 +67,7 @@ WORKLOADS = {
         Workload(prompt_tokens=1024, new_tokens=4096, requests=400, d2o=BY_TOKENS, vllm=6_616),
     )
 }
+EVERY_CELL = [(name, policy) for name in WORKLOADS for policy in _POLICIES]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,12 +117,7 @@ class Benchmark:
         return room_for(most, max(workload.prompt_tokens for workload in chosen))
 
     async def _cell(self, session: Session, workload: Workload, policy: str) -> Run:
-        load = session.load(
-            requests=workload.scaled(self._parsed.scale),
-            prompt_tokens=workload.prompt_tokens,
-            new_tokens=workload.new_tokens,
-            compression=workload.d2o if policy == "d2o" else FULL_CACHE,
-        )
+        load = workload.load(session, policy, workload.scaled(self._parsed.scale))
         if self._parsed.warm_up:
             await session.warm_up(load, self._parsed.warm_up)
         figures = await session.measure(load)
@@ -169,7 +174,7 @@ def _cells(parsed: argparse.Namespace) -> list[tuple[str, str]]:
     """Workloads and policies in the order in which they run."""
     if parsed.cells is None:
         return [(name, policy) for name in parsed.workloads for policy in parsed.policies]
-    return _cli.cells(parsed.cells, [(name, policy) for name in WORKLOADS for policy in _POLICIES])
+    return _cli.cells(parsed.cells, EVERY_CELL)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
