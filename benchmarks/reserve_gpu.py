@@ -1,6 +1,6 @@
 """How much memory does PyTorch take from the driver while steps grow, and what does a block that is held ready change?
 
-A worker in this process, started without the block that ``worker/gpu/memory.py`` holds ready. Loads of many short
+A worker in this process, started without the block that ``worker/gpu/build.py`` has held ready. Loads of many short
 prompts, whose steps have ever more decoding tokens, run without it and with it; then mixed ones with it. Writes
 ``reserve_gpu.json``: bytes by which what was allocated and what was reserved grew at most, and what of the GPU was in
 use at the end, beside the share that the worker may have.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -41,26 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     from benchmarks import _engine, _gpu
     from d2o_server.settings import worker_settings
-    from d2o_server.worker.gpu import build
-    from d2o_server.worker.gpu.memory import hold_ready
+    from d2o_server.worker.gpu.runner import KernelRunner
 
     settings = worker_settings(model=options.model, max_sequences=options.max_sequences)
-    with patch.object(build, "hold_ready") as skipped:
+    with patch.object(KernelRunner, "hold_ready") as skipped:
         core = _engine.start(settings).core
-    aside, device = skipped.call_args.args
+    assert isinstance(core.runner, KernelRunner)
+    (held,), device = skipped.call_args.args, core.runner.caches.pool.device
     loads = loads_of(options.max_sequences)
     rows = []
     for name in ("even", "uneven"):
         torch.cuda.empty_cache()
         rows.append({"load": name, "held": False, **_run(core, name, loads[name])})
-    torch.cuda.empty_cache()
-    hold_ready(aside, device)
+    core.runner.hold_ready(held)
     rows += [{"load": name, "held": True, **_run(core, name, load)} for name, load in loads.items()]
     result = {
         "model": options.model,
         "max_sequences": options.max_sequences,
         "share_bytes": int(torch.cuda.get_device_properties(device).total_memory * settings.gpu_memory_utilization),
-        "set_aside": asdict(aside),
+        "held_bytes": held,
         "loads": rows,
     }
     print(_gpu.write_result(options.out, "reserve_gpu", result))

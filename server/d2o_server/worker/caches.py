@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from d2o_server.engine.messages import CacheState
 from d2o_server.engine.types import CacheFacts, LayerCache
 from d2o_server.worker.cache_ops import CacheOps, Fetched
 from d2o_server.worker.cache_state import CacheLengths, Heard, SequenceCache
+from d2o_server.worker.out_of_memory import is_out_of_memory
 from d2o_server.worker.prompt_scores import PromptScores
 from d2o_server.worker.ranks import Ranks
 
@@ -275,31 +277,62 @@ class CacheManager:
         due = self._of_full_layers(self.pool.used) >= self._of_full_layers(self.limit)
         return any(not self.by_row[row].compressed for row in due.any(0).nonzero().flatten().tolist())
 
-    def evict_due(self) -> None:
-        """Evicts in every (layer, sequence) whose slack is full; called after a step's attention."""
+    def evict_due(self) -> set[int]:
+        """Evicts in every (layer, sequence) whose slack is full; called after a step's attention.
+
+        Returns the rows that memory ran out for: what was to be moved there may have been, in part. Close them.
+        """
         layers, rows = (self.pool.used >= self.limit).nonzero(as_tuple=True)
+        lost: set[int] = set()
         if not rows.numel():
-            return
+            return lost
         sliding = torch.zeros(self.pool.layers, dtype=torch.bool)
         sliding[self._sliding] = True
         is_sliding = sliding[layers]
         if bool(is_sliding.any()):
-            self._evict(layers[is_sliding], rows[is_sliding], _WINDOW_ONLY, None)
+            windows = partial(self._evict, layers[is_sliding], rows[is_sliding], _WINDOW_ONLY, None)
+            lost |= self._lost_by(windows, rows[is_sliding])
         layers, rows = layers[~is_sliding], rows[~is_sliding]
         caches = [self.by_row[row] for row in rows.unique().tolist()]
-        self._compress_late([cache for cache in caches if not cache.compressed])
+        lost |= self._compress_late([cache for cache in caches if not (cache.compressed or cache.row in lost)])
         groups: dict[D2OConfig, list[SequenceCache]] = {}
         for cache in caches:
-            groups.setdefault(cache.config, []).append(cache)
+            if cache.row not in lost:
+                groups.setdefault(cache.config, []).append(cache)
         for config, members in groups.items():
             chosen = torch.isin(rows, torch.tensor([cache.row for cache in members]))
+            evict = partial(self._evict, layers[chosen], rows[chosen], config, None)
             with self._timed(members):
-                self._evict(layers[chosen], rows[chosen], config, None)
+                lost |= self._lost_by(evict, rows[chosen])
+        return lost
 
-    def _compress_late(self, caches: list[SequenceCache]) -> None:
-        """Fixes the budgets of sequences that started below them and have reached them now, in all layers at once."""
+    def _lost_by(self, evict: Callable[[], None], rows: Tensor) -> set[int]:
+        """The rows among which ``evict`` ran out of memory: none or all."""
+        try:
+            evict()
+        except Exception as error:
+            if not self.survives(error):
+                raise
+            return set(rows.tolist())
+        return set()
+
+    def survives(self, error: Exception) -> bool:
+        """Whether memory ran out and only this process knows: other ranks go on with what fails here."""
+        return self.ranks.count == 1 and is_out_of_memory(error)
+
+    def _compress_late(self, caches: list[SequenceCache]) -> set[int]:
+        """Fixes the budgets of sequences that started below them and have reached them now, in all layers at once.
+
+        Returns the rows that memory ran out for, each tried by itself.
+        """
         if not caches:
-            return
+            return set()
+        lost = self._lost_by(partial(self._fix_late, caches), torch.tensor([cache.row for cache in caches]))
+        if not lost or len(caches) == 1:
+            return lost
+        return set().union(*(self._compress_late([cache]) for cache in caches))
+
+    def _fix_late(self, caches: list[SequenceCache]) -> None:
         with self._timed(caches):
             used = self.pool.used[self._full[0]].tolist()
             received = [self.ops.read_scores(self._full, cache.row, used[cache.row]) for cache in caches]

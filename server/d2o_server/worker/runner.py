@@ -17,6 +17,7 @@ from d2o_server.engine.types import CacheFacts
 from d2o_server.errors import OutOfDeviceMemory, ServerError
 from d2o_server.worker.cache_state import SequenceCache
 from d2o_server.worker.caches import CacheManager
+from d2o_server.worker.out_of_memory import is_out_of_memory
 from d2o_server.worker.sampler import RowLogprobs, SampledBatch, Sampler, SamplingState
 
 
@@ -140,7 +141,7 @@ class Runner(ABC):
                 self.caches.set_newest_scores(layer, rows, own[: rows.numel()])
             return launched
         # Only out here does nothing refer to the failed step's tensors any more.
-        torch.cuda.empty_cache()
+        self._tidy_memory()
         for layer in scored.layers - scored.own.keys():
             scored.own[layer] = self.caches.newest_scores(layer, rows)
         self.caches.take_back(before)
@@ -150,7 +151,14 @@ class Runner(ABC):
 
     @abstractmethod
     def _run(self, plan: StepPlan, scored: set[int]) -> Launched:
-        """Takes slots for the step's tokens, runs the model and samples."""
+        """Takes slots for the step's tokens, runs the model and samples.
+
+        Where memory runs out, what is sampled from and what the next step reads is as before.
+        """
+
+    def _tidy_memory(self) -> None:
+        """Gives back what nothing refers to any more, in whatever pieces it is."""
+        torch.cuda.empty_cache()
 
     def compression_waits(self) -> bool:
         """Whether :meth:`compress` will wait for the step to end."""
@@ -169,11 +177,15 @@ class Runner(ABC):
             self.caches.hear_prompts([self.running[sequence.id].cache for sequence in read])
         except Exception as error:
             # Then each is tried by itself.
-            if not is_out_of_memory(error):
+            if not self.caches.survives(error):
                 raise
         compressed = [sequence for sequence in read if self.caches.compresses(self.running[sequence.id].cache)]
         self._finish_prompts([sequence for sequence in read if sequence not in compressed], outcome)
-        self.caches.evict_due()
+        lost = self.caches.evict_due()
+        for sequence in plan.sequences:
+            if self.running[sequence.id].cache.row in lost:
+                fault = OutOfDeviceMemory("the device ran out of memory compressing the request's cache")
+                outcome.failed.append((sequence, fault))
         return compressed, outcome
 
     @torch.inference_mode()
@@ -188,7 +200,7 @@ class Runner(ABC):
             try:
                 into.settled.append((sequence, self.caches.finish_prompt(self.running[sequence.id].cache)))
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not self.caches.survives(error):
                     raise
                 fault = OutOfDeviceMemory("the device ran out of memory compressing the prompt")
                 into.failed.append((sequence, fault))
@@ -214,8 +226,3 @@ class Runner(ABC):
 
     def _targets(self, sequence: Sequence) -> tuple[ScoreTarget | None, ...]:
         return self.caches.targets(self.running[sequence.id].cache)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Torch has a class of its own for a device's memory and none for the host's."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -323,6 +323,65 @@ def test_out_of_memory_where_a_prompt_ends_costs_that_prompt(
     assert [answers[name].tokens for name in ("0", "2")] == [expected[0].tokens, expected[2].tokens]
 
 
+LATE = D2OConfig(budget_tokens=40, evict_interval=4)
+
+
+@pytest.mark.parametrize("failing", ["_evict", "_fix_late"])
+def test_out_of_memory_in_eviction_costs_those_that_were_to_be_evicted_from(
+    monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """What the step sampled for the others is told."""
+    prompts, configs = random_prompts((20, 30, 36)), (NONE, NONE, LATE)
+    expected = [generate([prompt], config)[0] for prompt, config in zip(prompts, configs, strict=True)]
+
+    def short_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("device full")
+
+    monkeypatch.setattr(CacheManager, failing, short_of_memory)
+    harness = Harness()
+    for prompt, config in zip(prompts, configs, strict=True):
+        harness.submit(prompt, config)
+    answers = list(harness.run().values())
+    failure = answers[2].failure
+    assert failure is not None
+    assert (failure.error, failure.message) == (
+        "OutOfDeviceMemory",
+        "the device ran out of memory compressing the request's cache",
+    )
+    # The step in which it was due has fed its 44th token.
+    assert answers[2].tokens == expected[2].tokens[: 44 - 36]
+    assert [answer.tokens for answer in answers[:2]] == [answer.tokens for answer in expected[:2]]
+    assert harness.holds_nothing()
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_sequences_that_reach_their_budgets_together_are_tried_one_by_one_where_memory_runs_out(
+    monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    config = D2OConfig(budget_tokens=32, evict_interval=4)
+    prompts = random_prompts((21, 21, 21))
+    expected = generate(prompts, config)
+    fix, tried = CacheManager._fix_late, list[list[int]]()
+
+    def short_of_memory(self: CacheManager, caches: list[Any]) -> None:
+        names = [prompts.index(list(cache.prompt)) for cache in caches]
+        tried.append(names)
+        if len(caches) > 1 or (lost and names == [1]):
+            raise torch.OutOfMemoryError("device full")
+        fix(self, caches)
+
+    monkeypatch.setattr(CacheManager, "_fix_late", short_of_memory)
+    harness = Harness()
+    for index, prompt in enumerate(prompts):
+        harness.submit(prompt, config, seed=index)
+    answers = harness.run()
+    assert tried == [[0, 1, 2], [0], [1], [2]]
+    assert [name for name, answer in answers.items() if answer.failure] == ["1"] * lost
+    for index, wanted in enumerate(expected):
+        if answers[str(index)].failure is None:
+            assert answers[str(index)].tokens == wanted.tokens
+
+
 def test_a_failed_step_keeps_none_of_its_tensors_alive() -> None:
     """Memory that is out is only found again if the failed attempt lets go of it before the next one."""
     prompt, newest = random_prompts((20, 30))

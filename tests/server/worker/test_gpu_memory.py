@@ -12,7 +12,8 @@ from d2o_server.engine.messages import StepReport
 from d2o_server.errors import SettingsError, StartupError
 from d2o_server.models.describe import describe
 from d2o_server.settings import worker_settings
-from d2o_server.worker.gpu import memory
+from d2o_server.worker.gpu import build, memory
+from d2o_server.worker.gpu import runner as gpu_runner
 from d2o_server.worker.gpu.build import assemble
 from d2o_server.worker.gpu.memory import SetAside, affordable_pages, trial_pages
 from d2o_server.worker.gpu.model import Logits, ModelForward, forward_of
@@ -65,6 +66,51 @@ def test_its_pool_holds_all_of_it_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     core.runner.rehearse(4)
     state = core.pool_state()
     assert (state.used, state.reserved, state.running, state.waiting) == (0, 0, 0, 0)
+
+
+def kernel_runner() -> KernelRunner:
+    model = load("tiny-llama", "d2o")
+    plan = plan_of(model, num_pages=8)
+    runner = assemble(plan, forward_of(model, plan.shape.layers, compiled=False), AttentionOperator(), 8).runner
+    assert isinstance(runner, KernelRunner)
+    return runner
+
+
+def test_the_block_is_held_once_nothing_gives_it_back_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture empties PyTorch's cache."""
+    done: list[object] = []
+    monkeypatch.setattr(build, "_measure", lambda *_: ASIDE)
+    monkeypatch.setattr(build, "affordable_pages", lambda *_: 400)
+    monkeypatch.setattr(build, "warm_plans", lambda *_: None)
+    monkeypatch.setattr(build, "_worth", lambda *_: [])
+    monkeypatch.setattr(build, "run_trials", lambda *_: done.append("trials"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(KernelRunner, "capture", lambda *_: done.append("capture"))
+    monkeypatch.setattr(KernelRunner, "hold_ready", lambda _, size: done.append(size))
+    model = load("tiny-llama", "d2o")
+    build.kernel_core(model, plan_of(model, max_model_len=64, compile=False), lambda _: None)
+    assert done == ["capture", ASIDE.passing, "trials"]
+
+
+def test_the_block_is_held_again_after_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    monkeypatch.setattr(gpu_runner, "hold_ready", lambda size, _: held.append(size))
+    runner = kernel_runner()
+    runner._tidy_memory()
+    assert not held
+    runner.hold_ready(512)
+    runner._tidy_memory()
+    assert held == [512, 512]
+
+
+def test_a_block_that_does_not_fit_any_more_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short_of_memory(size: int, _: torch.device) -> None:
+        raise torch.OutOfMemoryError(f"no {size} bytes")
+
+    runner = kernel_runner()
+    runner._ready = 512
+    monkeypatch.setattr(gpu_runner, "hold_ready", short_of_memory)
+    runner._tidy_memory()
 
 
 def count_memory(monkeypatch: pytest.MonkeyPatch, made: int, peak: int) -> None:

@@ -296,6 +296,8 @@ def test_steps_stay_within_the_share_of_memory_that_the_settings_give(tmp_path: 
     worker = build_worker(settings, print)
     core = worker.core
     assert core.pool_state().total * worker.page_bytes > share // 2
+    assert isinstance(core.runner, KernelRunner)
+    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() >= core.runner._ready > 0
     torch.cuda.reset_peak_memory_stats()
     harness = GpuHarness(core)
     for index in range(128):

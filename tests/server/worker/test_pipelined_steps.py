@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,9 +13,15 @@ from torch.overrides import TorchFunctionMode
 from d2o.config import D2OConfig
 from d2o_server.engine.messages import Cancel, StepReport, Stop
 from d2o_server.engine.scheduler import StepPlan
+from d2o_server.engine.types import SamplingParams
 from d2o_server.worker.cache_state import Heard, SequenceCache
 from d2o_server.worker.caches import CacheManager
+from d2o_server.worker.gpu import runner as gpu_runner
+from d2o_server.worker.gpu.draws import draw_rows
+from d2o_server.worker.gpu.model import Logits
+from d2o_server.worker.gpu.runner import KernelRunner
 from d2o_server.worker.runner import Launched
+from d2o_server.worker.sampler import SamplingState
 from tests.server.worker.conftest import NONE, Harness, generate, random_prompts, served_model
 from tests.server.worker.kernel_harness import NEW, POLICIES, KernelHarness, answers, assert_alike
 
@@ -49,6 +55,65 @@ def test_a_cancelled_sequence_leaves_the_step_that_is_under_way_and_its_neighbou
     answered = harness.run()
     assert answered["gone"].cancelled
     assert answered["stays"].tokens == expected[1].tokens
+
+
+def replayed(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode steps launch what a graph replays."""
+    assert isinstance(harness.core.runner, KernelRunner)
+    graphs = harness.core.runner._graphs
+
+    def replay(rows: Tensor, positions: Tensor, lengths: Tensor, *, scored: bool) -> Logits:
+        size = max(2, rows.numel())
+        graphs._inputs.fill(rows, positions, lengths, size, graphs._ops.padding_row)
+        return graphs._run(size, scored).first(rows.numel())
+
+    monkeypatch.setattr(graphs, "run", replay)
+
+
+def scores(harness: Harness, name: str) -> Tensor:
+    """What every slot [layers, kv_heads, slots] of a sequence has received."""
+    caches = harness.core.runner.caches
+    row, layers = harness.core.runner.running[name].cache.row, torch.arange(caches.pool.layers)
+    with torch.inference_mode():
+        return caches.ops.read_scores(layers, row, int(caches.pool.used[0, row])).clone()
+
+
+@pytest.mark.parametrize("config", [NONE, POLICIES["late"]])
+def test_memory_that_runs_out_behind_a_captured_step_leaves_its_neighbours_as_they_were(
+    config: D2OConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step runs again from the tokens that it ran from, and adds no scores a second time."""
+    older, newer = random_prompts((41, 12), seed=4)
+    found = []
+    for fails in (False, True):
+        harness, raised = KernelHarness(), list[int]()
+
+        def short_of_memory(
+            result: Logits, states: Sequence[SamplingState], fails: bool = fails, raised: list[int] = raised
+        ) -> Tensor:
+            if fails and not raised:
+                raised.append(len(states))
+                raise torch.OutOfMemoryError("device full")
+            return draw_rows(result, states)
+
+        replayed(harness, monkeypatch)
+        harness.submit(older, config, name="older", seed=0, new=NEW)
+        harness.submit(newer, NONE, name="newer", new=NEW, sampling=SamplingParams(temperature=1.0))
+        for _ in range(3):
+            harness.step()
+        with monkeypatch.context() as patched:
+            patched.setattr(gpu_runner, "draw_rows", short_of_memory)
+            for _ in range(2):
+                harness.step()
+        assert raised == [2] * fails
+        received = scores(harness, "older") if config.enabled else torch.zeros(1)
+        assert bool(received.any()) == config.enabled
+        answered = harness.run()
+        failure = answered["newer"].failure
+        assert (failure is not None and failure.error == "OutOfDeviceMemory") == fails
+        found.append((answered["older"].tokens, received))
+    assert found[1][0] == found[0][0]
+    torch.testing.assert_close(found[1][1], found[0][1])
 
 
 class NothingThatWaits(TorchFunctionMode):

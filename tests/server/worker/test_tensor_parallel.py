@@ -32,6 +32,8 @@ from d2o_server.engine.types import SamplingParams
 from d2o_server.errors import ModelUnsupported, OutOfDeviceMemory, SettingsError
 from d2o_server.models.describe import describe
 from d2o_server.settings import worker_settings
+from d2o_server.worker.caches import CacheManager
+from d2o_server.worker.ranks import Ranks
 from d2o_server.worker.tensor_parallel import Part, split_model
 from tests.server.worker.conftest import NONE, PAGE, Answer, Harness, eager_model, load, random_prompts, served_model
 from tests.server.worker.test_failures import failing_forward
@@ -250,3 +252,27 @@ def test_a_step_that_fails_on_one_rank_is_not_survived() -> None:
     harness.submit(PROMPTS[1])
     with failing_forward(harness, lambda _: ValueError("a defect")), pytest.raises(ValueError, match="a defect"):
         harness.step()
+
+
+@pytest.mark.parametrize("failing", ["hear_prompts", "finish_prompt", "_evict", "_fix_late"])
+def test_memory_that_runs_out_on_one_rank_in_compression_is_not_survived(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would ask of the other ranks a second time they would take for something else."""
+
+    class Two(Ranks):
+        count = 2
+
+        def all_heads(self, values: Tensor) -> Tensor:
+            return torch.cat([values, values], 1)
+
+    def short_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("device full")
+
+    config = D2OConfig(budget_tokens=110 if failing == "_fix_late" else 40, evict_interval=4)
+    harness = Harness()
+    harness.core.in_lockstep, harness.core.runner.caches.ranks = True, Two()
+    monkeypatch.setattr(CacheManager, failing, short_of_memory)
+    harness.submit(random_prompts((100,))[0], config)
+    with pytest.raises(torch.OutOfMemoryError):
+        harness.run()

@@ -18,7 +18,7 @@ from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.gpu.batch_sizes import LIBRARIES, BatchSize, candidates, product_seconds, worth_capturing
 from d2o_server.worker.gpu.body_graphs import body_sizes
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
-from d2o_server.worker.gpu.memory import SetAside, affordable_pages, hold_ready, set_aside, trial_pages
+from d2o_server.worker.gpu.memory import SetAside, affordable_pages, set_aside, trial_pages
 from d2o_server.worker.gpu.model import ModelForward, forward_of, join_projections
 from d2o_server.worker.gpu.operator import AttentionOperator
 from d2o_server.worker.gpu.runner import KernelRunner
@@ -56,12 +56,13 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
         pages = affordable_pages(plan, aside)
     core = assemble(plan, forward, operator, plan.checked(pages))
     if aside is not None:
-        hold_ready(aside, plan.device)
         total = core.pool_state().total
         progress(f"{total} pages take {total * plan.page_bytes / 2**30:.1f} GiB, beside {aside}")
     if settings.graphs and isinstance(core.runner, KernelRunner):
         sizes, tokens = candidates(settings.max_sequences), body_sizes(chunk + settings.max_sequences)
         core.runner.capture(_worth(model, plan, sizes), _worth(model, plan, tokens), progress)
+    if aside is not None and isinstance(core.runner, KernelRunner):
+        core.runner.hold_ready(aside.passing)
     progress("warming up")
     run_trials(core, chunk, plan.shape.softcap)
     return core

@@ -59,8 +59,8 @@ class _Captured:
 class DecodeGraphs:
     """Runs decode steps, replaying a graph where one was captured.
 
-    ``last_token`` [rows] int64 on the device has every row's newest token: a step reads and replaces it, so that the
-    next step can be launched before the host knows what was sampled.
+    ``last_token`` [rows] int64 on the device has every row's newest token, which a step reads there: it can be launched
+    before the host knows what was sampled.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class DecodeGraphs:
         return captured.result.first(batch)
 
     def _run(self, size: int, scored: bool) -> Logits:
-        """What is captured: everything from the newest tokens to the next ones."""
+        """What is captured: everything from the newest tokens to what the next ones are chosen from."""
         rows, positions, lengths = self._inputs.views(size)
         pool, at_once = self._ops.pool, self._workspace.at_once.get(scored, 0)
         grid = DecodeGrid.of(size, pool.kv_heads, pool.device, at_once)
@@ -147,9 +147,7 @@ class DecodeGraphs:
         keep = torch.arange(size, device=rows.device)
         with self._operator.running(step):
             ids = self._last_token[rows.long()]
-            result = self._forward(ids[None], positions.long()[None], keep, self._operator.step)
-        self._last_token[rows.long()] = result.best_ids
-        return result
+            return self._forward(ids[None], positions.long()[None], keep, self._operator.step)
 
 
 def workspace_for(ops: KernelCacheOps, query_heads: int, most: int) -> DecodeWorkspace:

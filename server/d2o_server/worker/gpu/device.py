@@ -16,6 +16,16 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def hold_ready(size: int, device: torch.device) -> None:
+    """Has PyTorch keep one block of ``size`` bytes for all that comes and goes, and nothing else that is free.
+
+    Steps of ever more tokens would otherwise ask the driver for a little larger blocks each time, and keep them all.
+    Whatever empties PyTorch's cache afterwards gives the block back, as the capture of a graph does.
+    """
+    torch.cuda.empty_cache()
+    torch.empty(size, dtype=torch.uint8, device=device)
+
+
 @dataclass(frozen=True, slots=True)
 class Download:
     """Device tensors on their way to the host."""

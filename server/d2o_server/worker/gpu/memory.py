@@ -111,14 +111,6 @@ def affordable_pages(plan: PoolPlan, aside: SetAside) -> int:
     return pages
 
 
-def hold_ready(aside: SetAside, device: torch.device) -> None:
-    """Has PyTorch keep one block for all that comes and goes.
-
-    Steps of ever more tokens would otherwise ask the driver for a little larger blocks each time, and keep them all.
-    """
-    torch.empty(aside.passing, dtype=torch.uint8, device=device)
-
-
 def _taken_by(step: Callable[[], None]) -> int:
     """Bytes at the peak of a step that runs again: what is met for the first time is compiled and tuned."""
     for _ in range(2):

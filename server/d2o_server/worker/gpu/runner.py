@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from d2o_server.worker.gpu.batch_sizes import BatchSize
 from d2o_server.worker.gpu.body_graphs import BodyGraphs
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.decode_graphs import DecodeGraphs, workspace_for
-from d2o_server.worker.gpu.device import Download, upload
+from d2o_server.worker.gpu.device import Download, hold_ready, upload
 from d2o_server.worker.gpu.draws import draw_rows
 from d2o_server.worker.gpu.model import Logits, ModelForward
 from d2o_server.worker.gpu.operator import AttentionOperator
@@ -84,6 +85,7 @@ class KernelRunner(Runner):
         self._last_token = torch.zeros(caches.pool.used.shape[1], dtype=torch.int64, device=caches.pool.device)
         self._graphs = DecodeGraphs(forward, operator, ops, self._workspace, self._last_token, max_sequences)
         self._bodies = BodyGraphs(forward, operator, caches.pool.device)
+        self._ready = 0
 
     @torch.inference_mode()
     def capture(self, sizes: list[BatchSize], tokens: list[BatchSize], progress: Callable[[str], None]) -> None:
@@ -99,6 +101,17 @@ class KernelRunner(Runner):
     def rehearse_body(self, tokens: int) -> None:
         """Runs what is captured of a step of so many tokens."""
         self._bodies.rehearse(tokens)
+
+    def hold_ready(self, size: int) -> None:
+        """Has so many bytes kept in one piece for all that comes and goes, from now on."""
+        self._ready = size
+        hold_ready(size, self.caches.pool.device)
+
+    def _tidy_memory(self) -> None:
+        super()._tidy_memory()
+        if self._ready:
+            with suppress(torch.OutOfMemoryError):
+                self.hold_ready(self._ready)
 
     @property
     def depth(self) -> int:
@@ -117,6 +130,8 @@ class KernelRunner(Runner):
             result = self._graphs.run(
                 rows, self.caches.seen[rows] - 1, self.caches.pool.used[:, rows], scored=self._keeps_scores(plan)
             )
+            if result is not None:
+                scored.update(range(self.caches.pool.layers))
         if result is None:
             result = self._eager(plan, rows, prompt_rows, starts, scored)
         return self._sample(plan.sampled, result)
@@ -196,7 +211,9 @@ class KernelRunner(Runner):
             ids = ids.clone()
             known = torch.tensor([sequences[row].forced for row in replayed])
             ids[upload(torch.tensor(replayed), device)] = upload(known, device)
+        under_way = UnderWay(sequences, Download.start(ids, result.best))
+        # Last of all: a step that has run out of memory before is run again.
+        self._last_token[rows] = ids
         for sequence, state in zip(sequences, states, strict=True):
             state.generated += sequence.forced is None
-        self._last_token[rows] = ids
-        return UnderWay(sequences, Download.start(ids, result.best))
+        return under_way
