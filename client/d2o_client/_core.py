@@ -17,7 +17,7 @@ from typing import Final
 import grpc
 
 from d2o_client._channel import TLS, ChannelSettings, LoadBalancing
-from d2o_client._errors import D2OError, DeadlineExceededError, InternalError, invalid
+from d2o_client._errors import D2OError, DeadlineExceededError, InternalError, invalid, is_too_large
 from d2o_client._options import check_whole
 from d2o_client._responses import chunk_value, finished_value, started_value
 from d2o_client._types import Chunk, Finished, Generation, Started, TokenLogprob
@@ -45,6 +45,7 @@ Timeout = float | Default | None
 class RetryPolicy:
     """When a call is sent again: on UNAVAILABLE and RESOURCE_EXHAUSTED, and only before its first token arrived.
 
+    A message that is larger than one end takes is RESOURCE_EXHAUSTED too, to gRPC, and never sent again.
     The pause before attempt n + 1 is ``initial_backoff * multiplier ** (n - 1)`` seconds, at most ``max_backoff``,
     and spread by ``jitter`` to both sides. Where the server names a pause (``grpc-retry-pushback-ms``) that one is
     kept instead; where it forbids a retry there is none. No pause goes beyond the call's timeout.
@@ -111,7 +112,7 @@ class Attempts:
         error.attempts = self.sent
         self._last = error
         pushback = error.pushback
-        refused = pushback is not None and pushback < 0
+        refused = (pushback is not None and pushback < 0) or is_too_large(error)
         if error.code not in RETRYABLE or refused or self.sent >= self._retry.max_attempts:
             raise error
         pause = self._retry.backoff(self.sent) if pushback is None else pushback

@@ -8,7 +8,8 @@
     ├── PermissionDeniedError               PERMISSION_DENIED
     ├── NotFoundError                       NOT_FOUND
     ├── FailedPreconditionError             FAILED_PRECONDITION, ALREADY_EXISTS, ABORTED
-    ├── ResourceExhaustedError              RESOURCE_EXHAUSTED: busy; ``retry_after`` says when to come back
+    ├── ResourceExhaustedError              RESOURCE_EXHAUSTED: busy, ``retry_after`` says when to come back; or a
+    │                                       message that is too large
     ├── UnavailableError                    UNAVAILABLE: not reachable, draining, or its worker died
     ├── DeadlineExceededError (TimeoutError) DEADLINE_EXCEEDED
     ├── RequestCancelledError               CANCELLED; never stands in for asyncio.CancelledError
@@ -19,6 +20,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -27,6 +29,10 @@ from typing import Any
 import grpc
 
 PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
+# gRPC refuses messages for their size with the status of a busy server: only its words tell the two apart.
+_TOO_LARGE = re.compile(
+    r"(?:(CLIENT|SERVER): )?(sent|received) message larger than max \((\d+) vs\. (\d+)\)", re.IGNORECASE
+)
 
 
 class D2OError(Exception):
@@ -108,7 +114,10 @@ class FailedPreconditionError(D2OError):
 
 
 class ResourceExhaustedError(D2OError):
-    """The server's queue, rate limit or memory is exhausted; ``retry_after`` says when to come back."""
+    """The server's queue, rate limit or memory is exhausted; ``retry_after`` says when to come back.
+
+    Also a request or an answer that is larger than the server or ``max_message_bytes`` allows: it is not tried again.
+    """
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -176,11 +185,30 @@ def invalid(field: str, given: object, allowed: str) -> InvalidArgumentError:
     return InvalidArgumentError(f"{field}: got {reprlib.repr(given)}, allowed is {allowed}")
 
 
+def is_too_large(error: D2OError) -> bool:
+    """Whether gRPC itself refused a message for its size, as it would each time."""
+    exhausted = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.pushback is None
+    return exhausted and _TOO_LARGE.search(error.details) is not None
+
+
 def from_status(
     code: grpc.StatusCode, details: str | None, trailers: Iterable[tuple[str, str | bytes]] | None
 ) -> D2OError:
     """The error that stands for a finished call's status."""
-    return ERROR_OF_STATUS.get(code, InternalError)(details or "", code=code, trailers=dict(trailers or ()))
+    error = ERROR_OF_STATUS.get(code, InternalError)
+    return error(_with_limit(details or ""), code=code, trailers=dict(trailers or ()))
+
+
+def _with_limit(details: str) -> str:
+    """``details``, behind whose limit a message is above where gRPC says no more than two numbers."""
+    found = _TOO_LARGE.search(details)
+    if found is None:
+        return details
+    end, way, size, most = found.groups()
+    ours = (end or "").upper() == "CLIENT"
+    message = "request" if ours == (way.lower() == "sent") else "answer"
+    limit = "this client's max_message_bytes" if ours else "the server's limit"
+    return f"{message}: got {size} bytes, allowed is at most {most}, {limit} ({details})"
 
 
 def from_rpc_error(error: grpc.RpcError) -> D2OError:

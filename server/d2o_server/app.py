@@ -211,12 +211,14 @@ async def _follow_health(engine: LocalEngine, server: RpcServer) -> None:
 
 
 async def _drain(engine: LocalEngine, server: RpcServer, settings: Settings) -> None:
-    """NOT_SERVING first, a window in which calls are still taken, then running streams finish."""
-    limits = settings.limits
-    _log.info(
-        "draining: refusing new calls in %.1f s, %.1f s for running streams", limits.drain_window, limits.drain_grace
-    )
+    """NOT_SERVING first, a window in which calls are still taken if any run, then running streams finish."""
+    limits, load = settings.limits, engine.load()
     await server.set_serving(False)
-    await asyncio.sleep(limits.drain_window if engine.load().running or engine.load().waiting else 0)
+    if load.running or load.waiting:
+        refusing, finishing = limits.drain_window, limits.drain_grace
+        _log.info("draining: refusing new calls in %.1f s, %.1f s for running streams", refusing, finishing)
+        await asyncio.sleep(limits.drain_window)
+    else:
+        _log.info("draining: nothing runs or waits")
     await engine.drain(limits.drain_grace)
-    await server.stop(1.0)
+    await server.stop(_SECONDS_TO_SAY_SO)

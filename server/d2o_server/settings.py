@@ -20,6 +20,8 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_DRAIN_GRACE = 60.0
 # Of a termination grace: seconds for what the platform runs before its signal, and for the server's own end.
 TERMINATION_RESERVE = 15.0
+# A stop that takes longer was never meant.
+_LONGEST_DRAIN = 86_400.0
 DEFAULT_METRICS_PORT = 9400
 TRACE_CONSOLE = "console"
 AUTO = "auto"
@@ -48,8 +50,9 @@ class LimitSettings:
     def __post_init__(self) -> None:
         for name, low in (("max_waiting", 1), ("max_waiting_tokens", 1), ("default_max_new_tokens", 1)):
             _at_least(name, getattr(self, name), low)
-        for name in ("max_logprobs", "drain_window", "drain_grace"):
-            _at_least(name, getattr(self, name), 0)
+        _at_least("max_logprobs", self.max_logprobs, 0)
+        for name in ("drain_window", "drain_grace"):
+            _within_a_day(name, getattr(self, name))
         if not 0 < self.max_wait < math.inf:
             raise SettingsError(f"max_wait: got {self.max_wait}, allowed is a positive number of seconds")
 
@@ -116,6 +119,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.log_level not in _LOG_LEVELS:
             raise SettingsError(f"log_level: got {self.log_level!r}, allowed is {', '.join(_LOG_LEVELS)}")
+        if self.listen.port and self.listen.port == self.telemetry.metrics_port:
+            raise SettingsError(
+                f"port, metrics_port: got {self.listen.port} for both, allowed are two different ports; port 0 takes"
+                " any free one, and metrics_port 0 is no metrics"
+            )
         _at_least("data_parallel", self.data_parallel, 1)
         _at_least("auto_full_tokens", self.auto_full_tokens, 0)
         if self.data_parallel > 1 and self.worker.device.startswith("cuda:"):
@@ -160,9 +168,10 @@ def worker_settings(**changes: object) -> WorkerSettings:
         raise SettingsError(f"device: got {settings.device!r}, allowed is auto, cpu, cuda or cuda:N")
     for name in ("tensor_parallel", "threads", "page_size", "max_sequences"):
         _at_least(name, getattr(settings, name), 1)
-    for name in ("num_pages", "max_model_len", "prefill_tokens"):
+    # The shortest request is one token of prompt and one of output.
+    for name, low in (("num_pages", 1), ("max_model_len", 2), ("prefill_tokens", 1)):
         if getattr(settings, name) is not None:
-            _at_least(name, getattr(settings, name), 1)
+            _at_least(name, getattr(settings, name), low)
     if settings.tensor_parallel > 1 and settings.device.startswith("cuda:"):
         raise SettingsError(
             f"device: got {settings.device!r} for tensor_parallel {settings.tensor_parallel}, allowed is auto, cpu or"
@@ -181,6 +190,11 @@ def worker_settings(**changes: object) -> WorkerSettings:
 def _at_least(name: str, given: float, low: float) -> None:
     if not given >= low:
         raise SettingsError(f"{name}: got {given}, allowed is at least {low}")
+
+
+def _within_a_day(name: str, given: float) -> None:
+    if not 0 <= given <= _LONGEST_DRAIN:
+        raise SettingsError(f"{name}: got {given}, allowed is at least 0 and at most {_LONGEST_DRAIN:g} seconds")
 
 
 def from_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
@@ -257,11 +271,13 @@ def _drain_grace(given: float | None, window: float, termination: float | None) 
             f"drain_grace: got {given} beside termination_grace {termination}, allowed is one of them: the latter"
             " already says how long streams may run"
         )
+    _within_a_day("drain_window", window)
     least = window + TERMINATION_RESERVE
-    if not least < termination < math.inf:
+    if not least < termination <= _LONGEST_DRAIN:
         raise SettingsError(
             f"termination_grace: got {termination}, allowed is more than {least:g}: drain_window {window:g} and"
-            f" {TERMINATION_RESERVE:g} for a hook before the signal and for the end itself"
+            f" {TERMINATION_RESERVE:g} for a hook before the signal and for the end itself; and at most"
+            f" {_LONGEST_DRAIN:g}"
         )
     return termination - least
 

@@ -208,6 +208,10 @@ class TestErrors:
                 Abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "memory", (("grpc-retry-pushback-ms", "-1"),)),
                 "out of room",
             ),
+            (
+                Abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER: Received message larger than max (7 vs. 5)"),
+                "shorten the prompt, or ask for fewer tokens",
+            ),
             (Abort(grpc.StatusCode.UNAUTHENTICATED, "who?"), "D2O_API_KEY"),
             (Abort(grpc.StatusCode.UNIMPLEMENTED, "what?"), "older than this client"),
         ],

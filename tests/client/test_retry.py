@@ -19,6 +19,7 @@ from d2o_client import (
     UnavailableError,
 )
 from d2o_client._core import Attempts
+from d2o_inference.v1 import inference_service_pb2 as pb
 from tests.client.conftest import Connect, Retries
 from tests.client.scripted_service import STARTED, Abort, ScriptedServer, Wait, chunk
 
@@ -65,6 +66,34 @@ def test_other_failures_are_not_tried_again(client: Any, server: ScriptedServer)
     with pytest.raises(InternalError):
         client.generate("Hi")
     assert len(server.calls) == 1
+
+
+LARGE = "x" * 5_000_000
+TO_THE_SERVER = r"^request: got 50000\d\d bytes, allowed is at most 4194304, the server's limit \("
+TO_THE_CLIENT = r"^answer: got 50000\d\d bytes, allowed is at most 1000000, this client's max_message_bytes \("
+BY_THE_CLIENT = r"^request: got 50000\d\d bytes, allowed is at most 1000000, this client's max_message_bytes \("
+
+
+@pytest.mark.parametrize(
+    ("most", "prompt", "answer", "message", "calls"),
+    [
+        (64_000_000, LARGE, "", TO_THE_SERVER, 0),
+        (1_000_000, LARGE, "", BY_THE_CLIENT, 0),
+        (1_000_000, "Hi", LARGE, TO_THE_CLIENT, 1),
+    ],
+    ids=["request-to-the-server", "request-by-the-client", "answer"],
+)
+def test_a_message_above_a_limit_is_not_sent_again(
+    connect: Connect, server: ScriptedServer, most: int, prompt: str, answer: str, message: str, calls: int
+) -> None:
+    client = connect(server.target, timeout=20, retry=QUICK, max_message_bytes=most)
+    server.script("GenerateText", pb.GenerateTextResponse(text=answer))
+    server.script("StreamGenerateText", STARTED, chunk(answer, 1))
+    for call in (lambda: client.generate(prompt), client.stream(prompt).result):
+        with pytest.raises(ResourceExhaustedError, match=message) as caught:
+            call()
+        assert (caught.value.attempts, caught.value.retry_after) == (1, None)
+    assert len(server.calls) == 2 * calls
 
 
 def test_a_stream_starts_again_after_its_start_but_not_after_its_first_token(

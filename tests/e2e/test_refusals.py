@@ -33,6 +33,7 @@ PROMPTS: list[tuple[str, pb.Prompt]] = [
     ("prompt.chat.messages: got 5000 messages, allowed is at most 4096", chat(*["user"] * 5000)),
     ("prompt.chat.messages: got 300000 characters, allowed is at most 262144", chat("user", content="x" * 300_000)),
     ("prompt.text: got 300000 characters, allowed is at most 262144", pb.Prompt(text="x" * 300_000)),
+    ("prompt.text: got 8000000 characters, allowed is at most 262144", pb.Prompt(text="x" * 8_000_000)),
 ]
 PARAMETERS: list[tuple[str, dict[str, Any]]] = [
     ("sampling.temperature: got -1", {"sampling": {"temperature": -1}}),

@@ -96,7 +96,8 @@ def test_variables_stand_in_for_flags_and_flags_win() -> None:
         ("--page-size 0", "page_size: got 0, allowed is at least 1"),
         ("--threads 0", "threads: got 0, allowed is at least 1"),
         ("--num-pages 0", "num_pages: got 0, allowed is at least 1"),
-        ("--max-model-len 0", "max_model_len: got 0, allowed is at least 1"),
+        ("--max-model-len 0", "max_model_len: got 0, allowed is at least 2"),
+        ("--max-model-len 1", "max_model_len: got 1, allowed is at least 2"),
         ("--max-sequences 0", "max_sequences: got 0, allowed is at least 1"),
         ("--prefill-tokens -1", "prefill_tokens: got -1, allowed is at least 1"),
         ("--device gpu", "device: got 'gpu', allowed is auto, cpu, cuda or cuda:N"),
@@ -115,6 +116,12 @@ def test_variables_stand_in_for_flags_and_flags_win() -> None:
         ("--max-new-tokens 0", "default_max_new_tokens: got 0, allowed is at least 1"),
         ("--drain-window -1", "drain_window: got -1.0, allowed is at least 0"),
         ("--drain-grace nan", "drain_grace: got nan, allowed is at least 0"),
+        ("--drain-window inf", "drain_window: got inf, allowed is at least 0 and at most 86400 seconds"),
+        ("--drain-window 1e300", "drain_window: got 1e+300, allowed is at least 0 and at most 86400 seconds"),
+        ("--drain-grace inf", "drain_grace: got inf, allowed is at least 0 and at most 86400 seconds"),
+        ("--drain-grace 1e300", "drain_grace: got 1e+300, allowed is at least 0 and at most 86400 seconds"),
+        ("--port 7 --metrics-port 7", "port, metrics_port: got 7 for both, allowed are two different ports"),
+        ("--port 9400", "port, metrics_port: got 9400 for both, allowed are two different ports"),
         ("--rate-limit -1", "rate_limit: got -1, allowed is at least 0"),
         ("--log-level loud", "log_level: got 'LOUD', allowed is DEBUG, INFO, WARNING, ERROR"),
         ("--ratio 0", "compression.ratio: got 0.0, allowed is a number in (0, 1]"),
@@ -125,6 +132,11 @@ def test_a_value_out_of_bounds_is_named_with_what_is_allowed(flags: str, message
     with pytest.raises(SettingsError) as refused:
         read(*flags.split())
     assert str(refused.value).startswith(message)
+
+
+def test_ports_that_are_chosen_later_or_not_at_all_are_no_two_alike() -> None:
+    settings = read("--port", "0", "--metrics-port", "0")
+    assert (settings.listen.port, settings.telemetry.metrics_port) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +152,11 @@ def test_a_variable_is_held_to_its_flag_s_choices(name: str, allowed: str) -> No
     ("flags", "message"),
     [
         ("--port 70000", "d2o-serve: port: got 70000, allowed is [0, 65535] (0 takes any free port)\n"),
+        (
+            "--max-client-pages 5",
+            "d2o-serve: max_client_pages: got 5, allowed is 0 without api_keys or tls_client_ca: ",
+        ),
+        ("--max-connection-age-grace 5", "d2o-serve: max_connection_age_grace: got 5.0, allowed is none without max_"),
         ("--tls-certificate a.pem", "d2o-serve: tls_key: got nothing, allowed is a PEM file"),
         ("--host 203.0.113.1", "d2o-serve: host, port: got 203.0.113.1:50051, allowed is an address of this machine"),
         ("--model random:nonsense --port 0", "d2o-serve: model: got random:nonsense, allowed presets are tiny-llama"),

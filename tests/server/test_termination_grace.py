@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from d2o_server.errors import SettingsError
@@ -30,10 +32,18 @@ def test_it_can_be_set_in_the_environment() -> None:
     assert read("", TERMINATION_GRACE="660").limits.drain_grace == 643
 
 
-@pytest.mark.parametrize("given", ["17", "0", "-5", "nan", "inf"])
+@pytest.mark.parametrize("given", ["17", "0", "-5", "nan", "inf", "1e300"])
 def test_one_that_leaves_nothing_is_refused(given: str) -> None:
-    with pytest.raises(SettingsError, match=rf"^termination_grace: got {float(given)}, allowed is more than 17: "):
+    named = re.escape(f"termination_grace: got {float(given)}, allowed is more than 17: ")
+    with pytest.raises(SettingsError, match=rf"^{named}"):
         read(f"--termination-grace={given}")
+
+
+def test_a_window_out_of_bounds_is_named_before_what_it_leaves() -> None:
+    with pytest.raises(
+        SettingsError, match=r"^drain_window: got inf, allowed is at least 0 and at most 86400 seconds$"
+    ):
+        read("--termination-grace 120 --drain-window inf")
 
 
 def test_two_answers_to_one_question_are_refused() -> None:

@@ -17,6 +17,7 @@ from d2o_client._errors import (
     UnauthenticatedError,
     UnavailableError,
     UnimplementedError,
+    is_too_large,
 )
 from d2o_client._sync import Stream
 from d2o_client._types import CacheFacts, Finished, Started
@@ -178,6 +179,8 @@ def _hint(error: D2OError, arguments: argparse.Namespace) -> str:
             return "the server went away or takes no requests now; try again in a moment, `d2o load` shows its state"
         case ResourceExhaustedError(retry_after=float(seconds)):
             return f"the server is busy; try again in {seconds:g} s, `d2o load` shows its state"
+        case ResourceExhaustedError() if is_too_large(error):
+            return "shorten the prompt, or ask for fewer tokens"
         case ResourceExhaustedError():
             return "the server is out of room for this request; try later, or with a shorter prompt or fewer tokens"
         case DeadlineExceededError():

@@ -97,9 +97,11 @@ class LocalEngine:
         return tuple(_stream_load(ticket, now) for ticket in tickets[:most])
 
     async def tokenize(self, prompt: Prompt, with_text: bool = False) -> Tokens:
-        """The prompt's token ids as generation would see them."""
+        """The prompt's token ids as generation would see them; their texts are made off the event loop."""
         ids = await self._admission.tokenize(prompt)
-        return Tokens(ids, tuple(self._codec.token_text(i) for i in ids) if with_text else ())
+        if not with_text:
+            return Tokens(ids)
+        return Tokens(ids, await asyncio.to_thread(lambda: tuple(map(self._codec.token_text, ids))))
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Yields ``Started``, chunks and ``Finished``; see the interface."""

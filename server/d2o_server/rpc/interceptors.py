@@ -129,6 +129,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._observer = observer or CallObserver()
         self._load = load
         self._running = 0
+        self._cutting = False
+
+    def begin_cutting(self) -> None:
+        """The server stops: calls that gRPC cancels from now on were ended by it, with UNAVAILABLE to their callers."""
+        self._cutting = True
 
     async def intercept_service(
         self,
@@ -181,7 +186,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if isinstance(error, asyncio.CancelledError) and not _is_cancelled():
                 await self._abort(error, record, context)
             # The transport fails a write before it cancels the task when a caller goes away in between.
-            record.status = _gone_status(context).name
+            record.status = _gone_status(context, self._cutting).name
             raise asyncio.CancelledError from error
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status and the log the cause
             await self._abort(error, record, context)
@@ -201,12 +206,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             record.rejection = rejection_of(error)
         if status.is_defect:
             _failures.error("generation %s failed in %s", reference, record.method, exc_info=error)
+        # Its frames hold the request, however large, while the status is on its way.
+        _forget_way_of(error)
         if status.code is grpc.StatusCode.DEADLINE_EXCEEDED and time_remaining(context) == 0:
             # A status for a call that has ended fails, and gRPC loses the memory of what fails (grpc/grpc#43360).
             await asyncio.sleep(_EXPIRY_SECONDS)
         try:
             await context.abort(status.code, status.details, (*status.trailers, *load_trailers(self._load())))
         except grpc.aio.AbortError as aborted:
+            # The call keeps it, and its traceback the call: all of both would lie there until a garbage collection.
             asyncio.get_running_loop().call_soon(_forget_way_of, aborted)
             raise
         except grpc.aio.InternalError as gone:
@@ -214,9 +222,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise asyncio.CancelledError from gone
 
 
-def _forget_way_of(aborted: BaseException) -> None:
-    # The call keeps it, and its traceback the call: all of both would lie there until a garbage collection.
-    aborted.__traceback__ = aborted.__context__ = None
+def _forget_way_of(error: BaseException) -> None:
+    error.__traceback__ = error.__context__ = None
 
 
 def _is_cancelled() -> bool:
@@ -243,10 +250,11 @@ def time_remaining(context: Context) -> float | None:
     return remaining
 
 
-def _gone_status(context: Context) -> grpc.StatusCode:
+def _gone_status(context: Context, cutting: bool) -> grpc.StatusCode:
     remaining = time_remaining(context)
-    expired = remaining is not None and remaining <= _DEADLINE_SLACK
-    return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+    if remaining is not None and remaining <= _DEADLINE_SLACK:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    return grpc.StatusCode.UNAVAILABLE if cutting else grpc.StatusCode.CANCELLED
 
 
 def _client_id(details: grpc.HandlerCallDetails) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ _LOWEST = {
     "max_client_streams": 0,
     "max_client_pages": 0,
 }
+# What callers send by mistake, such as a book, is read and refused by its field and bound, of which gRPC names neither.
+# About 64 characters, as many as are tokenized, for each token of a context of 131,072.
+_MESSAGE_BYTES = 8 * 2**20
 # Until a connection has shaken hands, and HTTP/2 has agreed on its settings; gRPC's own is two minutes.
 _HANDSHAKE_SECONDS = 10
 _SECONDS_UNTIL_TAKEN = 3600
@@ -44,7 +48,7 @@ class RpcSettings:
         host: name or address to bind.
         port: 0 takes any free port.
         reflection: serve grpc.reflection.
-        max_message_bytes: largest request; answers are bounded by what was asked for.
+        max_message_bytes: largest request that is read; answers are bounded by what was asked for.
         api_keys: file of the keys of which calls must carry one (:mod:`d2o_server.rpc.api_keys`); None is no keys.
         rate_limit: generations, and tokenizations, a second that one caller may start; 0 is any number.
         max_client_streams: generations that one caller with a key or certificate may run at once; 0 is any number.
@@ -63,7 +67,7 @@ class RpcSettings:
     host: str = "127.0.0.1"
     port: int = 50051
     reflection: bool = False
-    max_message_bytes: int = 4 * 2**20
+    max_message_bytes: int = _MESSAGE_BYTES
     max_concurrent_rpcs: int = 4096
     max_connections: int = 1000
     api_keys: Path | None = None
@@ -89,6 +93,10 @@ class RpcSettings:
             given = getattr(self, name)
             if given is not None and not 0 <= given <= _MOST_SECONDS:
                 raise SettingsError(f"{name}: got {given}, allowed is [0, {_MOST_SECONDS}] seconds")
+        self._check_companions()
+
+    def _check_companions(self) -> None:
+        """Refuses what would do nothing without another setting."""
         if (self.tls_certificate is None) != (self.tls_key is None):
             missing = "tls_key" if self.tls_key is None else "tls_certificate"
             raise SettingsError(
@@ -96,6 +104,14 @@ class RpcSettings:
             )
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise SettingsError("tls_client_ca: got a file, allowed is none without tls_certificate and tls_key")
+        if self.api_keys is None and self.tls_client_ca is None:
+            for name in ("max_client_streams", "max_client_pages"):
+                if given := getattr(self, name):
+                    whom = "it counts for whom a key or certificate names"
+                    raise SettingsError(f"{name}: got {given}, allowed is 0 without api_keys or tls_client_ca: {whom}")
+        if self.max_connection_age_grace is not None and not self.max_connection_age:
+            given = self.max_connection_age_grace
+            raise SettingsError(f"max_connection_age_grace: got {given}, allowed is none without max_connection_age")
 
 
 class RpcServer:
@@ -118,11 +134,12 @@ class RpcServer:
         self._settings = settings
         self._health = HealthService({health.OVERALL_HEALTH, SERVICE})
         authenticator = _authenticator(settings)
+        self._calls = CallInterceptor(settings.max_concurrent_rpcs, engine.load, observer, authenticator)
         self._server = grpc.aio.server(
             interceptors=[
                 *outer,
                 OtherServicesInterceptor(authenticator, SERVICE),
-                CallInterceptor(settings.max_concurrent_rpcs, engine.load, observer, authenticator),
+                self._calls,
             ],
             options=_options(settings),
         )
@@ -159,9 +176,12 @@ class RpcServer:
         await self._health.set_serving(serving)
 
     async def stop(self, grace: float) -> None:
-        """Takes no new calls, and cancels those that still run after ``grace`` seconds."""
+        """Takes no new calls, and ends those that still run after ``grace`` seconds with UNAVAILABLE."""
         await self._health.close()
+        # Its timer begins before gRPC's own, so that whoever is cut finds it set.
+        cut = asyncio.get_running_loop().call_later(grace, self._calls.begin_cutting)
         await self._server.stop(grace)
+        cut.cancel()
 
     async def wait_for_termination(self) -> None:
         """Returns once the server has stopped."""

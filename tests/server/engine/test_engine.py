@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -23,6 +24,7 @@ from d2o_server.engine.types import (
     GenerationRequest,
     SamplingParams,
     Started,
+    Tokens,
 )
 from d2o_server.errors import DeadlineExceeded, Draining, InvalidRequest, WorkerDied
 from d2o_server.settings import Settings, worker_settings
@@ -139,6 +141,21 @@ async def test_a_prompt_that_cannot_be_taken_is_refused(engine: LocalEngine, pro
         with pytest.raises(InvalidRequest) as raised:
             await refused
         assert raised.value.field == field
+
+
+async def test_texts_of_tokens_are_made_off_the_event_loop(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set()
+
+    def token_text(token_id: int) -> str:
+        threads.add(threading.get_ident())
+        return f"<{token_id}>"
+
+    monkeypatch.setattr(engine._codec, "token_text", token_text)
+    assert await engine.tokenize((5, 7), with_text=True) == Tokens((5, 7), ("<5>", "<7>"))
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 async def test_a_conversation_is_tokenized_with_the_template(engine: LocalEngine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ from d2o_inference.v1 import inference_service_pb2 as pb
 from d2o_inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from d2o_server.errors import SettingsError
 from d2o_server.rpc.api_keys import new_key
-from d2o_server.rpc.auth import address_of
+from d2o_server.rpc.auth import Authenticator, Caller, CallerLimits, address_of
 from d2o_server.rpc.server import RpcServer, RpcSettings
 from tests.server.rpc.conftest import Serve
 from tests.server.rpc.scripted_engine import CHUNKS, FINISHED, STARTED, ScriptedEngine
@@ -209,8 +210,12 @@ async def test_a_priority_above_what_a_key_allows_is_refused(serve: Serve, keys:
 
 
 async def test_without_keys_an_address_has_a_rate_but_owns_nothing(serve: Serve) -> None:
+    limits = CallerLimits(rate=3, streams=1, pages=5)
+    context: Any = SimpleNamespace(peer=lambda: "ipv4:192.0.2.7:1")
+    address = Caller(name="ipv4:192.0.2.7", named=False, rate=3)
+    assert Authenticator(limits).caller(None, context) == address
     engine = ScriptedEngine()
-    stub = InferenceServiceStub(await serve(engine, max_client_streams=1, max_client_pages=5))
+    stub = InferenceServiceStub(await serve(engine))
     await asyncio.gather(*(stub.GenerateText(UNARY) for _ in range(4)))
     assert {(request.owner, request.max_pages) for request in engine.requests} == {(None, 0)}
 

@@ -91,6 +91,13 @@ async def test_a_deadline_that_passed_is_told_apart_from_a_cancel(
     assert line["status"] == "DEADLINE_EXCEEDED"
 
 
+async def test_a_refusal_does_not_keep_its_request_in_memory(serve: Serve) -> None:
+    refusal = Overloaded("full", 250)
+    stub = InferenceServiceStub(await serve(ScriptedEngine((refusal,))))
+    assert await stub.GenerateText(UNARY).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (refusal.__traceback__, refusal.__context__) == (None, None)
+
+
 def test_a_callers_id_cannot_forge_a_line() -> None:
     line = CallRecord("GetLoad", client_id='x" status=OK\nmethod=forged').line()
     assert "\n" not in line

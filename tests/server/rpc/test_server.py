@@ -16,11 +16,22 @@ from d2o_inference.v1 import inference_service_pb2 as pb
 from d2o_inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from d2o_server.errors import SettingsError, StartupError
 from d2o_server.rpc.server import RpcServer, RpcSettings
+from d2o_server.telemetry.calls import CallObserver
 from tests.server.rpc.conftest import Serve
 from tests.server.rpc.scripted_engine import CHUNKS, FINISHED, STARTED, ScriptedEngine
 
 STREAM = pb.StreamGenerateTextRequest(prompt=pb.Prompt(text="hello"))
 SERVICE = "d2o_inference.v1.InferenceService"
+
+
+class Ended(CallObserver):
+    """Method, status and rejection of the calls that ended."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, str | None]] = []
+
+    def call_ended(self, method: str, status: str, rejection: str | None) -> None:
+        self.calls.append((method, status, rejection))
 
 
 async def reflected(channel: Any, **request: Any) -> Any:
@@ -53,6 +64,14 @@ async def test_a_message_above_the_limit_is_refused_before_it_is_read(serve: Ser
         await stub.GenerateText(pb.GenerateTextRequest(prompt=pb.Prompt(text="x" * 5000)))
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert len(engine.requests) == 1
+
+
+async def test_what_is_sent_by_mistake_is_read_and_refused_by_its_field(serve: Serve) -> None:
+    stub = InferenceServiceStub(await serve(ScriptedEngine()))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(tokens=pb.TokenIds(ids=[1] * 8_000_000))))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.details() == "prompt.tokens.ids: got 8000000 ids, allowed is at most 2048"
 
 
 async def test_a_port_in_use_is_named(serve: Serve) -> None:
@@ -98,6 +117,28 @@ async def test_streams_that_outlast_the_grace_are_ended_and_their_generations_cl
         assert await call.code() is not grpc.StatusCode.OK
 
 
+@pytest.mark.parametrize("grace", [0, 0.5])
+async def test_a_stop_records_what_it_cuts_as_its_callers_see_it(grace: float) -> None:
+    ended = Ended()
+    server = RpcServer(ScriptedEngine((STARTED, 60.0)), RpcSettings(port=0), ended)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel:
+        stub = InferenceServiceStub(channel)
+        cut, left = stub.StreamGenerateText(STREAM), stub.StreamGenerateText(STREAM)
+        for call in (cut, left):
+            await call.read()
+        stopping = asyncio.create_task(server.stop(grace))
+        if grace:
+            left.cancel()
+        async with asyncio.timeout(5):
+            while len(ended.calls) < 2:
+                await asyncio.sleep(0.002)
+            await stopping
+        assert await cut.code() is grpc.StatusCode.UNAVAILABLE
+    # Who leaves within the grace has left of its own accord.
+    first = "CANCELLED" if grace else "UNAVAILABLE"
+    assert ended.calls == [("StreamGenerateText", first, None), ("StreamGenerateText", "UNAVAILABLE", None)]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -108,6 +149,12 @@ async def test_streams_that_outlast_the_grace_are_ended_and_their_generations_cl
         ({"tls_key": Path("key.pem")}, "tls_certificate: got nothing"),
         ({"tls_certificate": Path("certificate.pem")}, "tls_key: got nothing"),
         ({"tls_client_ca": Path("ca.pem")}, "tls_client_ca: got a file, allowed is none without tls_certificate"),
+        ({"max_client_streams": 9}, "max_client_streams: got 9, allowed is 0 without api_keys or tls_client_ca: it"),
+        ({"max_client_pages": 500}, "max_client_pages: got 500, allowed is 0 without api_keys or tls_client_ca: it"),
+        (
+            {"max_connection_age_grace": 0.0},
+            "max_connection_age_grace: got 0.0, allowed is none without max_connection_age",
+        ),
     ],
 )
 def test_settings_out_of_bounds_are_refused(settings: dict[str, Any], message: str) -> None:
