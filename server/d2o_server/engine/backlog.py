@@ -101,7 +101,7 @@ class Backlog:
 
     def _admissions(self, worker: Worker) -> list[Admission]:
         running = [ticket for ticket in worker.tickets.values() if not ticket.waiting]
-        waiting = sorted(worker.waiting.values(), key=lambda ticket: ticket.message.due)
+        waiting = worker.line
         return admissions(
             worker.free_pages,
             worker.settings.max_sequences - len(running),

@@ -13,6 +13,7 @@ from d2o_server import errors
 from d2o_server.engine.backlog import Backlog
 from d2o_server.engine.mailbox import Mailbox, Turns
 from d2o_server.engine.messages import Cancel, Failed, Stop, Submit
+from d2o_server.engine.moves import moves
 from d2o_server.engine.ticket import MOST_DEATHS, Ticket
 from d2o_server.engine.worker_client import Worker
 
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 class Dispatcher:
     """Sends every request to the worker with most room; bounds those that have to wait because none has any.
 
+    Those that wait move, in the order of their turns, to a worker that could admit them now: see :mod:`.moves`.
     Requests of a worker that died go to one that serves, or stay with it until one does: see :mod:`.ticket`. ``lost``
     is set once no worker is left, and none will be.
     """
@@ -95,6 +97,8 @@ class Dispatcher:
         )
         worker.take(ticket)
         worker.send(message)
+        if queued:
+            self._move_waiting()
         return ticket
 
     def _roomiest(self, pages: int) -> Worker | None:
@@ -103,8 +107,12 @@ class Dispatcher:
         return max(serving, key=lambda worker: (worker.fits(pages), worker.room, -len(worker.tickets)), default=None)
 
     def worker_ready(self, worker: Worker) -> None:
-        """Gives it the requests that no worker has."""
+        """Gives it the requests that no worker has, and those that wait elsewhere."""
         self._hand_over([other for other in self.workers if other is worker or not other.serving])
+
+    def pages_freed(self, worker: Worker) -> None:
+        """Gives it requests that wait elsewhere."""
+        self._move_waiting()
 
     def worker_died(self, worker: Worker) -> None:
         """Gives its requests to another worker where one serves; those that have seen too many die end."""
@@ -112,7 +120,7 @@ class Dispatcher:
             if ticket.worker_died():
                 worker.take(ticket)
             else:
-                worker.drop(ticket.id)
+                worker.drop(ticket.run)
                 reason = f"{MOST_DEATHS} workers in a row died while they ran the request and brought it no further"
                 ticket.end(Failed(ticket.id, errors.WorkerDied.__name__, reason))
         self._hand_over([worker])
@@ -126,34 +134,55 @@ class Dispatcher:
         self.lost.set()
 
     def _hand_over(self, origins: Sequence[Worker]) -> None:
-        """Sends requests that are with workers which do not know them to those that serve, the oldest first."""
+        """Sends requests that are with workers which do not know them to those that serve, by their turns."""
         if not any(worker.serving for worker in self.workers):
             return
         tickets = sorted(
-            (ticket for origin in origins for ticket in origin.tickets.values()), key=lambda ticket: ticket.sent
+            (ticket for origin in origins for ticket in origin.tickets.values()), key=lambda ticket: ticket.turn
         )
         # Before any is sent: one that serves again is an origin, too, and what it gets now it does know.
         for ticket in tickets:
-            ticket.worker.drop(ticket.id)
+            ticket.worker.drop(ticket.run)
         for ticket in tickets:
             worker = self._roomiest(ticket.pages) or ticket.worker
-            ticket.worker, ticket.queued = worker, not worker.fits(ticket.pages)
-            worker.take(ticket)
-            worker.send(ticket.continuation())
-            if ticket.stopping:
-                worker.send(Stop(ticket.id))
+            ticket.queued = not worker.fits(ticket.pages)
+            self._give(ticket, worker, ticket.continuation())
         if tickets:
             _log.info("%d requests of workers that died go on", len(tickets))
+        self._move_waiting()
+
+    def _move_waiting(self) -> None:
+        """Has what waits where it cannot be admitted now wait where it can.
+
+        The worker that had it may have admitted it meanwhile: it forgets it, and what it reports of it is nobody's.
+        """
+        if len(self.workers) == 1 or not any(worker.waiting for worker in self.workers):
+            return
+        for ticket, worker in moves(self.workers):
+            ticket.worker.drop(ticket.run)
+            ticket.worker.send(Cancel(ticket.run))
+            ticket.moved += 1
+            self._give(ticket, worker, ticket.as_it_is())
+
+    @staticmethod
+    def _give(ticket: Ticket, worker: Worker, message: Submit) -> None:
+        ticket.worker = worker
+        worker.take(ticket)
+        worker.send(message)
+        if ticket.stopping:
+            worker.send(Stop(ticket.run))
 
     def release(self, ticket: Ticket) -> None:
         """Ends a request's stay: cancels it unless it has ended. Its pages are free within one step."""
         if not ticket.done:
-            ticket.worker.drop(ticket.id)
+            ticket.worker.drop(ticket.run)
             ticket.done = True
-            ticket.worker.send(Cancel(ticket.id))
+            ticket.worker.send(Cancel(ticket.run))
+            if ticket.waiting:
+                self._move_waiting()
         self.backlog.ended(ticket)
 
     def stop_string(self, ticket: Ticket) -> None:
         """Ends a request as finished because its text reached a stop string."""
         ticket.stopping = True
-        ticket.worker.send(Stop(ticket.id))
+        ticket.worker.send(Stop(ticket.run))

@@ -48,10 +48,13 @@ class Supervision:
 
 
 class Keeper(Protocol):
-    """Who decides what becomes of the requests of a worker that died."""
+    """Who decides which worker has which requests, and what becomes of those of one that died."""
 
     def worker_ready(self, worker: Worker) -> None:
         """It serves, for the first time or again; what is in its ``tickets`` it does not know."""
+
+    def pages_freed(self, worker: Worker) -> None:
+        """Of its pages more are free than before its last report, and nothing that waits at it has got them."""
 
     def worker_died(self, worker: Worker) -> None:
         """It does not serve any more; ``tickets`` are what it had."""

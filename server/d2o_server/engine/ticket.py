@@ -28,6 +28,8 @@ class Ticket:
     might. ``queued``: there was no room for it when it came. ``tokens``: how many its reader has got. ``owner``: whose
     pages they are. ``admitted`` and ``ended``: when it got and gave back its pages.
 
+    ``moved`` counts the times that it was taken, still waiting, from a worker that serves and given to another.
+
     With ``output``, the tokens that workers have reported, and ``stopping``, that its text has reached a stop string,
     another worker goes on with it. ``resumed`` counts how often one has; ``deaths`` those workers in a row that died
     while they ran it and brought it no further than ``resumed_at`` tokens.
@@ -52,10 +54,21 @@ class Ticket:
     resumed: int = 0
     resumed_at: int = 0
     deaths: int = 0
+    moved: int = 0
 
     @property
     def id(self) -> str:
         return self.message.id
+
+    @property
+    def run(self) -> str:
+        """What its worker calls it. A new name after each move: what the one before still reports is then nobody's."""
+        return f"{self.id}.{self.moved}" if self.moved else self.id
+
+    @property
+    def turn(self) -> tuple[bool, float, float]:
+        """Sorts those that wait into the order of their admission: resumed ones first, then as they are due."""
+        return self.admission is None, self.message.due, self.sent
 
     def admit(self, admission: Admitted) -> bool:
         """Notes that a worker has begun; returns whether that is news for the reader."""
@@ -86,10 +99,15 @@ class Ticket:
     def continuation(self) -> Submit:
         """The message that has a worker go on where the last one stopped."""
         self.resumed_at = len(self.output)
+        if self.admission is not None:
+            self.resumed += 1
+        return self.as_it_is()
+
+    def as_it_is(self) -> Submit:
+        """The message by which a worker gets it."""
+        message = msgspec.structs.replace(self.message, id=self.run)
         if self.admission is None:
-            return self.message
-        self.resumed += 1
-        message = self.message
+            return message
         if message.auto is not None:
             # Another choice would be another stream: it asks for what was chosen.
             message = msgspec.structs.replace(message, config=self.admission.config, auto=None)

@@ -15,6 +15,7 @@ import zmq
 import zmq.asyncio
 
 from d2o_server import errors
+from d2o_server.engine.line import Line
 from d2o_server.engine.messages import (
     CacheState,
     Ended,
@@ -50,10 +51,10 @@ class Worker:
     """One worker process and its socket. A process that dies or hangs is started again as ``supervision`` says.
 
     ``tickets`` are the requests that it has and that have not ended, ``waiting`` those of them that it has not
-    admitted; ``pool`` is as of its last report, and None, as are ``ready`` and ``cache``, while no process serves.
-    ``read_tokens`` and ``generated_tokens`` count over all of its lives, each of which has pool and type of the first:
-    what was admitted then must still fit. ``given_up`` says why it is not started again. ``environment`` is added to
-    what the process inherits; ``module`` is what it runs.
+    admitted, both by their ``run``, and ``line`` these in their order. ``pool`` is as of its last report, and None, as
+    are ``ready`` and ``cache``, while no process serves. ``read_tokens`` and ``generated_tokens`` count over all of its
+    lives, each of which has pool and type of the first: what was admitted then must still fit. ``given_up`` says why it
+    is not started again. ``environment`` is added to what the process inherits; ``module`` is what it runs.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Worker:
         self.cache: CacheState | None = None
         self.tickets: dict[str, Ticket] = {}
         self.waiting: dict[str, Ticket] = {}
+        self.line = Line()
         self.restarts = self.read_tokens = self.generated_tokens = 0
         self.keeper: Keeper | None = None
         self.given_up: str | None = None
@@ -102,9 +104,14 @@ class Worker:
         return self.pool.total - self.pool.reserved if self.pool else 0
 
     @property
+    def free_places(self) -> int:
+        """How many more requests could run beside those that do."""
+        return self.settings.max_sequences - len(self.tickets) + len(self.waiting)
+
+    @property
     def room(self) -> int:
         """Free pages less what the requests that it has not admitted yet will take; negative where they wait."""
-        return self.free_pages - sum(ticket.pages for ticket in self.waiting.values())
+        return self.free_pages - self.line.pages
 
     def fits(self, pages: int) -> bool:
         """Whether a request that needs this many pages would be admitted in the next step."""
@@ -112,14 +119,19 @@ class Worker:
 
     def take(self, ticket: Ticket) -> None:
         """Has it among its requests; what the process is told of it is another matter."""
-        self.tickets[ticket.id] = ticket
-        if ticket.waiting:
-            self.waiting[ticket.id] = ticket
+        self.tickets[ticket.run] = ticket
+        if ticket.waiting and ticket.run not in self.waiting:
+            self.waiting[ticket.run] = ticket
+            self.line.add(ticket)
 
-    def drop(self, ticket_id: str) -> Ticket | None:
+    def drop(self, run: str) -> Ticket | None:
         """Has it no longer; returns it, if it was there."""
-        self.waiting.pop(ticket_id, None)
-        return self.tickets.pop(ticket_id, None)
+        self._leave_line(run)
+        return self.tickets.pop(run, None)
+
+    def _leave_line(self, run: str) -> None:
+        if ticket := self.waiting.pop(run, None):
+            self.line.remove(ticket)
 
     async def start(self) -> Ready:
         """Starts the process and waits until it serves.
@@ -183,8 +195,8 @@ class Worker:
 
     def fail_tickets(self, message: str) -> None:
         """Every stream of it ends with UNAVAILABLE."""
-        for ticket_id in list(self.tickets):
-            self._end(Failed(ticket_id, "WorkerDied", message))
+        for run in list(self.tickets):
+            self._end(Failed(run, "WorkerDied", message))
 
     @staticmethod
     def _has_served(started: asyncio.Future[Ready]) -> bool:
@@ -272,12 +284,13 @@ class Worker:
 
     def _route(self, report: StepReport) -> None:
         self._reports += 1
+        free_before = self.free_pages
         self.pool = report.pool
         self.cache = report.cache or self.cache
         self.generated_tokens += len(report.tokens)
         for admitted in report.admitted:
             ticket = self.tickets.get(admitted.id)
-            self.waiting.pop(admitted.id, None)
+            self._leave_line(admitted.id)
             if ticket is not None and ticket.admit(admitted):
                 self.read_tokens += len(ticket.message.prompt)
         for token in report.tokens:
@@ -286,6 +299,8 @@ class Worker:
         endings: tuple[Ended | Failed, ...] = (*report.ended, *report.failed)
         for last in endings:
             self._end(last)
+        if self.free_pages > free_before and self.keeper is not None:
+            self.keeper.pages_freed(self)
 
     def _end(self, last: Ended | Failed) -> None:
         if ticket := self.drop(last.id):
