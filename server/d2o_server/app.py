@@ -212,8 +212,9 @@ async def _follow_health(engine: LocalEngine, server: RpcServer) -> None:
 
 async def _drain(engine: LocalEngine, server: RpcServer, settings: Settings) -> None:
     """NOT_SERVING first, a window in which calls are still taken if any run, then running streams finish."""
-    limits, load = settings.limits, engine.load()
+    limits = settings.limits
     await server.set_serving(False)
+    load = engine.load()
     if load.running or load.waiting:
         refusing, finishing = limits.drain_window, limits.drain_grace
         _log.info("draining: refusing new calls in %.1f s, %.1f s for running streams", refusing, finishing)

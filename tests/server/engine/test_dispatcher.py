@@ -16,12 +16,12 @@ import pytest_asyncio
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.dispatcher import Dispatcher
-from d2o_server.engine.messages import Admitted, AutoTerms, Ended, Failed, NewToken, Submit, WorkerSettings
+from d2o_server.engine.messages import Admitted, AutoTerms, Ended, Failed, NewToken, Submit
 from d2o_server.engine.ticket import Ticket, TicketEvent
 from d2o_server.engine.types import SamplingParams
 from d2o_server.engine.worker_client import Worker
 from d2o_server.errors import InvalidRequest, Overloaded, SettingsError, StartupError
-from d2o_server.settings import worker_settings
+from tests.server.engine.streams import silent, tiny_settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 IDS = map(str, itertools.count())
@@ -30,18 +30,9 @@ PAGES = 90
 BIG = 3 * -(-(10 + 600) // 32)
 
 
-def settings(**changes: object) -> WorkerSettings:
-    tiny: dict[str, object] = {"model": "random:tiny-llama", "dtype": "float32", "threads": 1, "num_pages": PAGES}
-    return worker_settings(**(tiny | {"check_integrity": True} | changes))
-
-
-def silent(_: str) -> None:
-    """Progress that nobody wants to see."""
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def workers() -> AsyncIterator[list[Worker]]:
-    both = [Worker(index, settings(), silent) for index in range(2)]
+    both = [Worker(index, tiny_settings(num_pages=PAGES), silent) for index in range(2)]
     await asyncio.gather(*(worker.start() for worker in both))
     yield both
     await asyncio.gather(*(worker.stop() for worker in both))
@@ -238,7 +229,7 @@ def kill(worker: Worker) -> None:
 
 
 async def test_what_a_worker_runs_when_it_is_stopped_ends() -> None:
-    worker = Worker(0, settings(), silent)
+    worker = Worker(0, tiny_settings(num_pages=PAGES), silent)
     await worker.start()
     dispatcher = Dispatcher([worker], max_waiting=5, max_waiting_tokens=1000)
     cut = dispatcher.submit(request(600), BIG)
@@ -253,7 +244,7 @@ async def test_what_a_worker_runs_when_it_is_stopped_ends() -> None:
 
 
 async def test_a_worker_that_dies_before_it_has_connected_is_started_again() -> None:
-    worker = Worker(0, settings(), silent)
+    worker = Worker(0, tiny_settings(num_pages=PAGES), silent)
     await worker.start()
     dispatcher = Dispatcher([worker], max_waiting=5, max_waiting_tokens=1000)
     running, waiting = dispatcher.submit(request(600), BIG), dispatcher.submit(request(600), BIG)
@@ -269,7 +260,7 @@ async def test_a_worker_that_dies_before_it_has_connected_is_started_again() -> 
 
 
 async def test_a_worker_that_dies_while_it_starts_is_reported() -> None:
-    worker = Worker(3, settings(), silent)
+    worker = Worker(3, tiny_settings(num_pages=PAGES), silent)
     starting = asyncio.ensure_future(worker.start())
     async with asyncio.timeout(10):
         while worker.pid is None:
@@ -282,7 +273,7 @@ async def test_a_worker_that_dies_while_it_starts_is_reported() -> None:
 
 async def test_a_worker_that_refuses_to_start_says_why() -> None:
     told: list[str] = []
-    worker = Worker(0, settings(num_pages=2), told.append)
+    worker = Worker(0, tiny_settings(num_pages=2), told.append)
     with pytest.raises(SettingsError, match=r"^num_pages: got 2, allowed is at least 3, which hold 6 tokens"):
         await worker.start()
     assert told == ["loading random:tiny-llama as float32 on cpu"]
@@ -294,7 +285,7 @@ async def test_a_socket_folder_that_cannot_be_used_is_reported(tmp_path: Path, m
     deep = tmp_path / ("a" * 100)
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
-    worker = Worker(0, settings(), silent)
+    worker = Worker(0, tiny_settings(num_pages=PAGES), silent)
     with pytest.raises(StartupError, match=r"^worker 0 did not start: .*, set TMPDIR to another folder"):
         await asyncio.wait_for(worker.start(), 5)
     await worker.stop()

@@ -15,12 +15,12 @@ import pytest_asyncio
 
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.dispatcher import Dispatcher
-from d2o_server.engine.messages import Admitted, Ended, Failed, NewToken, Submit, WorkerSettings
+from d2o_server.engine.messages import Admitted, Ended, NewToken, Submit
 from d2o_server.engine.supervision import Supervision
-from d2o_server.engine.ticket import Ticket, TicketEvent
+from d2o_server.engine.ticket import Ticket
 from d2o_server.engine.types import SamplingParams
 from d2o_server.engine.worker_client import Worker
-from d2o_server.settings import worker_settings
+from tests.server.engine.streams import events, silent, tiny_settings, tokens, until_it_has
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 IDS = map(str, itertools.count())
@@ -28,19 +28,10 @@ PAGES, PAGE_SIZE, LAYERS = 300, 32, 3
 ALMOST_ALL, TWO_THIRDS, HALF = 297, 198, 150
 
 
-def settings(**changes: object) -> WorkerSettings:
-    tiny: dict[str, object] = {"model": "random:tiny-llama", "dtype": "float32", "threads": 1, "num_pages": PAGES}
-    return worker_settings(**(tiny | {"check_integrity": True} | changes))
-
-
-def silent(_: str) -> None:
-    """Progress that nobody wants to see."""
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def workers() -> AsyncIterator[list[Worker]]:
     quick = Supervision(first_pause=0.1, longest_pause=0.1)
-    both = [Worker(index, settings(), silent, supervision=quick) for index in range(2)]
+    both = [Worker(index, tiny_settings(num_pages=PAGES), silent, supervision=quick) for index in range(2)]
     await asyncio.gather(*(worker.start() for worker in both))
     yield both
     await asyncio.gather(*(worker.stop() for worker in both))
@@ -85,25 +76,6 @@ async def hold(dispatcher: Dispatcher, *pages: int) -> list[Ticket]:
     assert [ticket.worker for ticket in held] == list(dispatcher.workers)
     await asyncio.gather(*(until_it_has(ticket, 20) for ticket in held))
     return held
-
-
-async def events(ticket: Ticket) -> list[TicketEvent]:
-    """All that comes of a request."""
-    came: list[TicketEvent] = []
-    async with asyncio.timeout(60):
-        while not came or not isinstance(came[-1], (Ended, Failed)):
-            came.append(await ticket.events.get())
-    return came
-
-
-def tokens(came: list[TicketEvent]) -> list[int]:
-    return [event.token for event in came if isinstance(event, NewToken)]
-
-
-async def until_it_has(ticket: Ticket, count: int) -> None:
-    async with asyncio.timeout(60):
-        while len(ticket.output) < count:
-            await asyncio.sleep(0.002)
 
 
 async def until_idle(worker: Worker) -> None:

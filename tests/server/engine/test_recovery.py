@@ -20,12 +20,13 @@ from d2o.config import D2OConfig, Policy
 from d2o_server.engine.dispatcher import Dispatcher
 from d2o_server.engine.messages import Admitted, AutoTerms, Ended, Failed, NewToken, Submit, WorkerSettings
 from d2o_server.engine.supervision import Supervision
-from d2o_server.engine.ticket import Ticket, TicketEvent
+from d2o_server.engine.ticket import TicketEvent
 from d2o_server.engine.types import SamplingParams
 from d2o_server.engine.worker_client import Worker
 from d2o_server.errors import NoWorker
 from d2o_server.settings import worker_settings
 from tests.server.engine.moody_worker import MOOD
+from tests.server.engine.streams import events, tokens, until_it_has
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 IDS = map(str, itertools.count())
@@ -84,24 +85,6 @@ def request(config: D2OConfig = NONE, new: int = 300, **sampling: object) -> Sub
         end_ids=(),
         max_new_tokens=new,
     )
-
-
-async def events(ticket: Ticket) -> list[TicketEvent]:
-    came: list[TicketEvent] = []
-    async with asyncio.timeout(60):
-        while not came or not isinstance(came[-1], (Ended, Failed)):
-            came.append(await ticket.events.get())
-    return came
-
-
-def tokens(came: list[TicketEvent]) -> list[int]:
-    return [event.token for event in came if isinstance(event, NewToken)]
-
-
-async def until_it_has(ticket: Ticket, count: int) -> None:
-    async with asyncio.timeout(60):
-        while len(ticket.output) < count:
-            await asyncio.sleep(0.002)
 
 
 def feel(mood: Path, what: str) -> None:
