@@ -63,7 +63,7 @@ def test_its_pool_holds_all_of_it_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(core, "step", note)
     assert not try_together(core, memory._trials(plan, 64))
     assert running[0] == 3
-    core.runner.rehearse(4)
+    core.runner.rehearse()
     state = core.pool_state()
     assert (state.used, state.reserved, state.running, state.waiting) == (0, 0, 0, 0)
 

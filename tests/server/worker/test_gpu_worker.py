@@ -18,7 +18,7 @@ from d2o_server.settings import worker_settings
 from d2o_server.worker.build import build_worker
 from d2o_server.worker.core import WorkerCore
 from d2o_server.worker.gpu import body_graphs
-from d2o_server.worker.gpu.batch_sizes import BatchSize
+from d2o_server.worker.gpu.batch_sizes import BatchSize, largest
 from d2o_server.worker.gpu.runner import KernelRunner
 from d2o_server.worker.gpu.step import KernelStep
 from tests.server.worker.conftest import NONE, PAGE, Answer, Harness, random_prompts, served_model
@@ -210,7 +210,7 @@ def test_no_kernel_is_compiled_in_mid_service(model: str, tmp_path: Path, monkey
 
 
 def test_captured_steps_of_all_sizes_share_memory_and_leave_their_own_logits(tmp_path: Path) -> None:
-    """In an order in which each size follows a larger and a smaller one."""
+    """In an order in which each size follows a larger and a smaller one, the last larger than any batch."""
     rows, vocabulary = 64, 50_000
     LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": vocabulary})).save_pretrained(str(tmp_path))
     settings = worker_settings(
@@ -218,7 +218,8 @@ def test_captured_steps_of_all_sizes_share_memory_and_leave_their_own_logits(tmp
     )
     runner = build_worker(settings, print).core.runner
     assert isinstance(runner, KernelRunner)
-    graphs, sizes = runner._graphs, list(range(8, rows + 1, 8))
+    graphs, sizes = runner._graphs, list(range(8, largest(rows) + 1, 8))
+    assert sizes[-1] > rows
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     runner.capture([BatchSize(size) for size in sizes], [], print)

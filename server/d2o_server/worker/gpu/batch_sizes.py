@@ -1,7 +1,8 @@
 """Which batch sizes are worth a captured decode step, and whose matrix products each is captured with.
 
 What a product costs does not always grow with its rows: libraries choose among kernels by rules of thumb, so at some
-sizes a padded batch is the quicker one, and NVIDIA's two libraries choose differently.
+sizes a padded batch is the quicker one, and NVIDIA's two libraries choose differently. That goes for the largest batch
+too: it may be padded to more sequences than ever run at once.
 """
 
 from __future__ import annotations
@@ -50,15 +51,23 @@ def multiplying_by(library: str) -> Iterator[None]:
 
 
 def candidates(most: int) -> list[int]:
-    """Sizes that may be captured, ascending; the last is ``most``, but 2 for 1, which shares compiled code."""
-    sizes = [2, 4, *range(8, 256, 8), *range(256, most + 16, 16)]
-    return [size for size in sizes if size < most] + [max(2, most)]
+    """Sizes to capture decode steps of up to ``most`` sequences for, ascending; 1 shares the compiled code of 2."""
+    top = largest(most)
+    below = [2, 4, *range(8, 256, 8), *range(256, most, 16)]
+    above = range(-(-most // 8) * 8, top + 1, 8)
+    return sorted({size for size in (*below, max(2, most), *above) if 2 <= size <= top})
 
 
-def worth_capturing(sizes: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> list[BatchSize]:
-    """Those of ``sizes``, ascending, that save a hundredth of their seconds over padding to the next; and the last.
+def largest(most: int) -> int:
+    """Rows of the largest batch that a step of up to ``most`` sequences may be padded to: an eighth more."""
+    return max(2, most + most // 8)
 
-    ``seconds`` is by library, then by size; another library than torch's own must save a hundredth, too.
+
+def worth_capturing(sizes: Sequence[int], seconds: Mapping[str, Sequence[float]], most: int) -> list[BatchSize]:
+    """Those of ``sizes``, ascending, that save a hundredth of their seconds over padding to the next.
+
+    Of those that hold ``most`` rows only the quickest is among them, the last. ``seconds`` is by library, then by
+    size; another library than torch's own must save a hundredth, too.
     """
     kept: list[BatchSize] = []
     least = float("inf")
@@ -71,7 +80,8 @@ def worth_capturing(sizes: Sequence[int], seconds: Mapping[str, Sequence[float]]
         if cost < least * (1 - _WORTH):
             kept.append(BatchSize(sizes[nth], library))
             least = cost
-    return kept[::-1]
+    enough = next(nth for nth, size in enumerate(reversed(kept)) if size.rows >= most)
+    return kept[::-1][: enough + 1]
 
 
 @torch.inference_mode()

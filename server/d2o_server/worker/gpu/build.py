@@ -59,8 +59,9 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
         total = core.pool_state().total
         progress(f"{total} pages take {total * plan.page_bytes / 2**30:.1f} GiB, beside {aside}")
     if settings.graphs and isinstance(core.runner, KernelRunner):
-        sizes, tokens = candidates(settings.max_sequences), body_sizes(chunk + settings.max_sequences)
-        core.runner.capture(_worth(model, plan, sizes), _worth(model, plan, tokens), progress)
+        most, tokens = settings.max_sequences, body_sizes(chunk + settings.max_sequences)
+        batches = _worth(model, plan, candidates(most), most)
+        core.runner.capture(batches, _worth(model, plan, tokens, tokens[-1]), progress)
     if aside is not None and isinstance(core.runner, KernelRunner):
         core.runner.hold_ready(aside.passing)
     progress("warming up")
@@ -68,11 +69,11 @@ def kernel_core(model: nn.Module, plan: PoolPlan, progress: Callable[[str], None
     return core
 
 
-def _worth(model: nn.Module, plan: PoolPlan, sizes: list[int]) -> list[BatchSize]:
+def _worth(model: nn.Module, plan: PoolPlan, sizes: list[int], most: int) -> list[BatchSize]:
     """Those of ``sizes`` whose products take notably less time than those of the next, as measured by all ranks."""
     layers = plan.shape.layers
     seconds = {each: plan.ranks.mean(product_seconds(model, sizes, layers, each)) for each in LIBRARIES}
-    return worth_capturing(sizes, seconds)
+    return worth_capturing(sizes, seconds, most)
 
 
 def assemble(plan: PoolPlan, forward: ModelForward, operator: AttentionOperator, pages: int) -> WorkerCore:

@@ -60,7 +60,7 @@ class DecodeGraphs:
     """Runs decode steps, replaying a graph where one was captured.
 
     ``last_token`` [rows] int64 on the device has every row's newest token, which a step reads there: it can be launched
-    before the host knows what was sampled.
+    before the host knows what was sampled. ``most`` is the largest batch, padding included.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class DecodeGraphs:
     ) -> None:
         self._forward, self._operator, self._ops = forward, operator, ops
         self._workspace, self._last_token = workspace, last_token
-        self._inputs = DecodeInputs(ops.pool.layers, max(2, most), ops.pool.device)
+        self._most, self._inputs = most, DecodeInputs(ops.pool.layers, most, ops.pool.device)
         self._sizes: list[int] = []
         self._captured: dict[tuple[int, bool], _Captured] = {}
 
-    def rehearse(self, size: int) -> None:
-        """Runs a step of ``size`` sequences as it is captured."""
-        self._fill_with_padding(size)
-        self._run(size, scored=True)
+    def rehearse(self) -> None:
+        """Runs the step of the largest batch as it is captured."""
+        self._fill_with_padding(self._most)
+        self._run(self._most, scored=True)
 
     def capture(self, sizes: list[BatchSize], progress: Callable[[str], None]) -> Any:
         """Captures graphs for these batch sizes, with and without scores; the memory of the largest serves all.

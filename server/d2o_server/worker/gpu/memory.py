@@ -74,7 +74,7 @@ def set_aside(core: WorkerCore, plan: PoolPlan, chunk: int) -> SetAside:
     graphs = 0
     if plan.settings.graphs and isinstance(runner, KernelRunner):
         tokens = body_sizes(chunk + most)[-1]
-        taken = _taken_by(partial(runner.rehearse, most)) + _taken_by(partial(runner.rehearse_body, tokens))
+        taken = _taken_by(runner.rehearse) + _taken_by(partial(runner.rehearse_body, tokens))
         graphs = int(taken * _GRAPHS_SHARE) + _GRAPHS_BYTES
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(plan.device)

@@ -15,7 +15,7 @@ from d2o.ragged import ragged_indices
 from d2o_server.engine.scheduler import PrefillSlice, StepPlan
 from d2o_server.engine.sequence import Sequence
 from d2o_server.worker.caches import CacheManager
-from d2o_server.worker.gpu.batch_sizes import BatchSize
+from d2o_server.worker.gpu.batch_sizes import BatchSize, largest
 from d2o_server.worker.gpu.body_graphs import BodyGraphs
 from d2o_server.worker.gpu.cache_ops import KernelCacheOps
 from d2o_server.worker.gpu.decode_graphs import DecodeGraphs, workspace_for
@@ -81,9 +81,10 @@ class KernelRunner(Runner):
     ) -> None:
         super().__init__(caches, vocabulary_size)
         self._forward, self._operator, self._ops = forward, operator, ops
-        self._workspace = workspace_for(ops, caches.query_heads, max(2, max_sequences))
+        most = largest(max_sequences)
+        self._workspace = workspace_for(ops, caches.query_heads, most)
         self._last_token = torch.zeros(caches.pool.used.shape[1], dtype=torch.int64, device=caches.pool.device)
-        self._graphs = DecodeGraphs(forward, operator, ops, self._workspace, self._last_token, max_sequences)
+        self._graphs = DecodeGraphs(forward, operator, ops, self._workspace, self._last_token, most)
         self._bodies = BodyGraphs(forward, operator, caches.pool.device)
         self._ready = 0
 
@@ -93,9 +94,9 @@ class KernelRunner(Runner):
         self._bodies.capture(tokens, self._graphs.capture(sizes, progress), progress)
 
     @torch.inference_mode()
-    def rehearse(self, most: int) -> None:
+    def rehearse(self) -> None:
         """Runs the decode step of the largest batch as it is captured, over padding."""
-        self._graphs.rehearse(max(2, most))
+        self._graphs.rehearse()
 
     @torch.inference_mode()
     def rehearse_body(self, tokens: int) -> None:
