@@ -220,6 +220,10 @@ def test_captured_steps_of_all_sizes_share_memory_and_leave_their_own_logits(tmp
     assert isinstance(runner, KernelRunner)
     graphs, sizes = runner._graphs, list(range(8, largest(rows) + 1, 8))
     assert sizes[-1] > rows
+    # The stream that captures is given workspaces to multiply in, once for a process.
+    square = torch.eye(64, device="cuda", dtype=torch.bfloat16)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        square @ square
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     runner.capture([BatchSize(size) for size in sizes], [], print)
