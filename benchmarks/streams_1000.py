@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, default=1000, help="at once")
     parser.add_argument("--slow", type=int, default=200, help="of them read one byte a second")
     parser.add_argument("--tokens", type=int, default=300, help="of each stream")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs with and without slow readers")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs with and without slow readers")
     parsed = parser.parse_args(arguments)
     if not 0 < parsed.slow < parsed.streams:
         parser.error(f"--slow: got {parsed.slow}, allowed is [1, {parsed.streams - 1}], less than --streams")
