@@ -17,11 +17,11 @@ import pytest_asyncio
 from d2o.config import D2OConfig, Policy
 from d2o_server.engine.dispatcher import Dispatcher
 from d2o_server.engine.messages import Admitted, AutoTerms, Ended, Failed, NewToken, Submit
-from d2o_server.engine.ticket import Ticket, TicketEvent
+from d2o_server.engine.ticket import Ticket
 from d2o_server.engine.types import SamplingParams
 from d2o_server.engine.worker_client import Worker
 from d2o_server.errors import InvalidRequest, Overloaded, SettingsError, StartupError
-from tests.server.engine.streams import silent, tiny_settings
+from tests.server.engine.streams import events, silent, tiny_settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 IDS = map(str, itertools.count())
@@ -60,15 +60,6 @@ def request(new_tokens: int, prompt: int = 10) -> Submit:
         end_ids=(),
         max_new_tokens=new_tokens,
     )
-
-
-async def events(ticket: Ticket) -> list[TicketEvent]:
-    """All that comes of a request."""
-    came: list[TicketEvent] = []
-    async with asyncio.timeout(60):
-        while not came or not isinstance(came[-1], (Ended, Failed)):
-            came.append(await ticket.events.get())
-    return came
 
 
 async def until_idle(worker: Worker) -> None:

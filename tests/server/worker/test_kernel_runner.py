@@ -14,7 +14,7 @@ from d2o_server.engine.messages import Cancel
 from d2o_server.engine.types import SamplingParams
 from d2o_server.worker.distribution import greedy, pad_vocabulary
 from d2o_server.worker.gpu import cache_ops
-from d2o_server.worker.gpu.batch_sizes import BatchSize
+from d2o_server.worker.gpu.batch_sizes import BatchSize, largest
 from d2o_server.worker.gpu.draws import draw_rows
 from d2o_server.worker.gpu.model import Logits, join_projections
 from d2o_server.worker.gpu.runner import KernelRunner
@@ -79,6 +79,22 @@ def test_each_batch_size_is_captured_with_its_library(monkeypatch: pytest.Monkey
         (32, False, "cublas", "shared"),
     ]
     assert preferred[-1] == "cublas"
+
+
+def test_a_step_may_be_padded_to_more_sequences_than_ever_run_at_once() -> None:
+    """Each of padding alone: every row says the same, however many there are."""
+    runner = KernelHarness(sequences=8).core.runner
+    assert isinstance(runner, KernelRunner)
+    graphs, rows = runner._graphs, largest(8)
+    assert rows > 8
+    logits = []
+    for size in (2, rows):
+        graphs._fill_with_padding(size)
+        logits.append(graphs._run(size, scored=True).logits)
+    few, many = logits
+    assert len(many) == rows
+    # Logits are as large as 33; products of other sizes add in another order.
+    torch.testing.assert_close(many, few[:1].expand(rows, -1), rtol=1e-5, atol=1e-4)
 
 
 def test_steps_are_shared_out_by_how_many_programs_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
